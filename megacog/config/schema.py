@@ -1,0 +1,324 @@
+"""The typed configuration of a run: every knob, its default and its meaning.
+
+The only home of defaults. A key here is spelled the same in YAML, in `key=value` overrides, in the
+docs and in the logs. Cross-field rules live in the validators below; rules that need files (does
+the vocabulary fit the tokenizer?) are checked where the files are opened.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Stage = Literal["base", "sequential", "interpolation"]
+PlusStage = Literal["sequential", "interpolation"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SpaceConfig(Section):
+    """Which cells of a visible frame an attention-plus query sees (the base channel always sees
+    its own frame only)."""
+
+    kind: Literal["full", "frame", "local3d", "shifted_window"] = "full"
+    window: tuple[int, int] | None = None
+    """Height and width in cells; required by local3d (odd) and shifted_window."""
+    frames: int | None = Field(default=None, ge=1)
+    """local3d: see keys less than this many frames away; null = all frames."""
+
+    @model_validator(mode="after")
+    def _window_fits_kind(self) -> SpaceConfig:
+        windowed = self.kind in ("local3d", "shifted_window")
+        if windowed != (self.window is not None):
+            need = "needs `window: [h, w]`" if windowed else "takes no `window`"
+            raise ValueError(f"kind {self.kind!r} {need}")
+        if self.window is not None and min(self.window) < 1:
+            raise ValueError(f"window {list(self.window)} must be positive")
+        if self.kind == "local3d" and self.window and any(side % 2 == 0 for side in self.window):
+            raise ValueError(f"local3d window {list(self.window)} must be odd (radius on each side)")
+        if self.frames is not None and self.kind != "local3d":
+            raise ValueError("`frames` applies to local3d only")
+        return self
+
+
+class AttentionConfig(Section):
+    """The attention-plus mask of each stage. Defaults follow the CogVideo release."""
+
+    sequential: SpaceConfig = SpaceConfig()
+    interpolation: SpaceConfig = SpaceConfig(kind="shifted_window", window=(10, 10))
+
+
+class ModelConfig(Section):
+    """Shape of the transformer and where its weights start from."""
+
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    ffn_size: int | None = Field(default=None, ge=1)
+    """Inner width of the MLP; null = 4 x hidden_size."""
+    grid: tuple[int, int]
+    """Height and width of one frame in codes."""
+    num_frames: int = Field(default=5, ge=2)
+    """Frames per sequence of the sequential and interpolation stages."""
+    text_length: int = Field(default=64, ge=1)
+    """Text tokens in front of the frames; shorter texts are padded on the left."""
+    image_vocab_size: int = Field(ge=2)
+    """Codes of the frame tokenizer."""
+    text_vocab_size: int = Field(ge=4)
+    """Rows of the text embedding; at least the pieces of the text tokenizer."""
+    boi_id: int | None = Field(default=None, ge=0)
+    """Text piece that starts every frame; null = as the text tokenizer says."""
+    text_positions: int = Field(default=512, ge=1)
+    """Rows of the base position table in front of frame 0."""
+    base_positions: int | None = Field(default=None, ge=1)
+    """Rows of the base position table; null = text_positions + cells of one frame."""
+    plus_positions: int | None = Field(default=None, ge=1)
+    """Rows of each additional position table; null = num_frames x cells."""
+    layernorm_eps: float = Field(default=1e-5, gt=0)
+    embedding_dropout: float = Field(default=0.0, ge=0, lt=1)
+    mlp_dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention: AttentionConfig = AttentionConfig()
+    inherit: str | None = None
+    """Export whose weights this run starts from; null = random base."""
+    plus_from: PlusStage | Literal["base"] = "base"
+    """What a new attention-plus set copies: the base channel, or another set of the export."""
+    plus_dense: Literal["copy", "random"] = "copy"
+    """With plus_from base: copy `dense` too (paper) or draw it at random (released code)."""
+
+    @property
+    def cells(self) -> int:
+        """Codes of one frame."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn(self) -> int:
+        return self.ffn_size or 4 * self.hidden_size
+
+    @property
+    def base_position_rows(self) -> int:
+        return self.base_positions or self.text_positions + self.cells
+
+    @property
+    def plus_position_rows(self) -> int:
+        return self.plus_positions or self.num_frames * self.cells
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+        if min(self.grid) < 1:
+            raise ValueError(f"grid {list(self.grid)} must be positive")
+        if self.text_length > self.text_positions:
+            raise ValueError(f"text_length {self.text_length} exceeds text_positions {self.text_positions}")
+        if self.base_position_rows < self.text_positions + self.cells:
+            raise ValueError(
+                f"base_positions {self.base_position_rows} < text_positions {self.text_positions} "
+                f"+ {self.cells} cells of frame 0"
+            )
+        if self.plus_position_rows < (self.num_frames - 1) * self.cells:
+            raise ValueError(
+                f"plus_positions {self.plus_position_rows} < {self.num_frames - 1} frames x {self.cells} cells"
+            )
+        if self.boi_id is not None and self.boi_id >= self.text_vocab_size:
+            raise ValueError(f"boi_id {self.boi_id} is outside text_vocab_size {self.text_vocab_size}")
+        return self
+
+
+class TokenizerConfig(Section):
+    """Folders written by launch/train_tokenizer.py."""
+
+    text: str
+    frames: str
+
+
+class SourceConfig(Section):
+    """One shard set of a weighted mixture."""
+
+    path: str
+    """Shard file or glob pattern, e.g. data/clips-*.h5."""
+    weight: float = Field(default=1.0, gt=0)
+
+
+class RatePhase(Section):
+    """From optimizer step `from_step` on, rates below `min_fps` are not used."""
+
+    from_step: int = Field(ge=0)
+    min_fps: float = Field(gt=0)
+
+
+class RatesConfig(Section):
+    """Which frame rate a clip is trained at."""
+
+    series: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    interpolation: tuple[float, ...] = (2.0, 4.0, 8.0)
+    """Rates of the interpolation stage."""
+    policy: Literal["lowest", "mixture"] = "lowest"
+    """lowest: the lowest feasible rate (paper); mixture: sometimes any feasible one."""
+    lowest_probability: float = Field(default=0.5, ge=0, le=1)
+    """mixture: probability of the lowest feasible rate; else uniform over the feasible ones."""
+    phases: tuple[RatePhase, ...] = ()
+
+    @model_validator(mode="after")
+    def _rates_ascend(self) -> RatesConfig:
+        for name, rates in (("series", self.series), ("interpolation", self.interpolation)):
+            if not rates or rates[0] <= 0 or list(rates) != sorted(set(rates)):
+                raise ValueError(f"{name} {list(rates)} must be positive and strictly ascending")
+        steps = [phase.from_step for phase in self.phases]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"phases must have strictly ascending from_step, not {steps}")
+        return self
+
+
+class DataConfig(Section):
+    train: tuple[SourceConfig, ...] = ()
+    eval: tuple[SourceConfig, ...] = ()
+    rates: RatesConfig = RatesConfig()
+    base_frame: Literal["any", "first"] = "any"
+    """base stage: a random frame of the clip, or its first one."""
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of samples whose caption (never the rate) becomes the null text."""
+    workers: int = Field(default=2, ge=0)
+    """Loader processes per rank; 0 = load in the training process."""
+
+
+class LossConfig(Section):
+    frame_weights: tuple[float, ...] | None = None
+    """Weight of each frame of the sequence in the mean; null = 1 on every predicted frame."""
+
+
+class TrainConfig(Section):
+    stage: Stage
+    run_dir: str
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """torch: the plain engine that DeepSpeed is checked against (one data-parallel rank or more, no ZeRO)."""
+    steps: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1)
+    """Samples per optimizer step over all ranks."""
+    micro_batch_size: int = Field(ge=1)
+    """Samples per rank and forward pass; accumulation = global / (micro x data-parallel size)."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    learning_rate: float = Field(default=2e-4, gt=0)
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The cosine ends at this share of learning_rate."""
+    warmup_steps: int = Field(default=500, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    gradient_clip: float = Field(default=0.1, ge=0)
+    """Global gradient norm; 0 = off."""
+    activation_checkpointing: bool = False
+    context_corruption: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the given frames' codes that are resampled at random."""
+    seed: int = 1234
+    eval_every: int = Field(default=500, ge=0)
+    """Steps between evaluations; 0 = never."""
+    eval_batches: int = Field(default=8, ge=1)
+    log_every: int = Field(default=1, ge=1)
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: continue from the newest checkpoint of run_dir if there is one; must: fail without one;
+    never: fail if there is one."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads per rank; null = cores / local ranks."""
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share one copy of the model; the rest is data parallel."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=2000, ge=0)
+    """Steps between checkpoints; 0 = only at the end."""
+    keep_last: int = Field(default=3, ge=1)
+
+
+class GenerationConfig(Section):
+    """How clips are sampled."""
+
+    levels: int = Field(default=3, ge=0)
+    """Recursive interpolations after the key frames: 5 -> 9 -> 17 -> 33 frames."""
+    seconds: float = Field(default=4.0, gt=0)
+    """Time between the first and the last key frame of one pass."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    guidance: float = Field(default=1.0, ge=0)
+    """Classifier-free guidance scale of the key frames; 1 = off."""
+    interpolation_guidance: float = Field(default=1.0, ge=0)
+    batch_size: int = Field(default=8, ge=1)
+    """Clips (or interpolation blocks) generated at once."""
+    overlap: int = Field(default=1, ge=1, le=4)
+    """Key frames that the next pass of a long clip is given."""
+    seed: int = 1234
+    samples: int = Field(default=1, ge=1)
+    """Clips per prompt."""
+
+
+class SamplesConfig(Section):
+    """Clips generated while training, with the same prompts and seeds every time."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between samples; 0 = none."""
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class MetricsConfig(Section):
+    tensorboard: bool = True
+    """Also write TensorBoard events (metrics.jsonl is always written)."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Dense peak of one device at the run's precision; null = by device name, MFU n/a if unknown."""
+
+
+class Config(Section):
+    """One model and one run."""
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    generation: GenerationConfig = GenerationConfig()
+    samples: SamplesConfig = SamplesConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Extra DeepSpeed settings, merged into the generated ones; keys are checked."""
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Config:
+        model, train = self.model, self.train
+        if model.num_heads % self.parallel.tensor:
+            raise ValueError(f"parallel.tensor {self.parallel.tensor} does not divide model.num_heads {model.num_heads}")
+        if model.ffn % self.parallel.tensor:
+            raise ValueError(f"parallel.tensor {self.parallel.tensor} does not divide the MLP width {model.ffn}")
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size {train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size {train.micro_batch_size}"
+            )
+        if train.engine == "deepspeed" and train.precision == "bf16" and train.zero_stage == 0:
+            raise ValueError(
+                "train.zero_stage 0 with train.precision bf16 gives wrong gradient norms and losses in DeepSpeed; "
+                "use zero_stage 1 or precision fp32"
+            )
+        if train.stage != "base" and model.inherit is None:
+            raise ValueError(f"train.stage {train.stage} needs model.inherit: the export whose base it builds on")
+        weights = self.loss.frame_weights
+        frames = 1 if train.stage == "base" else model.num_frames
+        if weights is not None and len(weights) != frames:
+            raise ValueError(f"loss.frame_weights has {len(weights)} entries, the sequence has {frames} frames")
+        if train.stage == "interpolation" and model.num_frames % 2 == 0:
+            raise ValueError(f"interpolation needs an odd model.num_frames, not {model.num_frames}")
+        return self
