@@ -309,7 +309,8 @@ def _train_model(
     except RuntimeError as error:
         raise ConfigError(
             f"SentencePiece cannot train {model_type} with vocab_size {vocab_size} and byte_fallback "
-            f"{byte_fallback} on {len(texts)} texts ({error}); give more pieces (byte fallback needs 256 of its own)"
+            f"{byte_fallback} on {len(texts)} texts ({error}); "
+            "give more pieces (byte fallback needs 256 of its own)"
         ) from error
     return buffer.getvalue()
 
