@@ -1,0 +1,118 @@
+"""Attention over text + video grids in plain torch: the definition, and what CPUs run.
+
+Shapes: B batch, L text length, T frames, P cells of a frame, F = T * P, N heads, D head dim, R rows
+of queries, K keys. Masked is masked: a key outside the mask has no weight, and a query without any
+key gives zeros.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask, visible
+
+
+def text_attention(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, valid_BL: Tensor) -> Tensor:
+    """Bidirectional attention among the valid text tokens: [B, L, N, D]."""
+    return _attend(q_BLND, k_BLND, v_BLND, valid_BL[:, None, :])
+
+
+def video_attention(
+    q_BFND: Tensor,
+    k_BFND: Tensor,
+    v_BFND: Tensor,
+    text_k_BLND: Tensor,
+    text_v_BLND: Tensor,
+    text_valid_BL: Tensor,
+    mask: MaskSpec,
+    grid: VideoGrid,
+) -> Tensor:
+    """One softmax of every frame query over the valid text keys and its visible frame keys.
+
+    Args:
+        q_BFND, k_BFND, v_BFND: Frame tokens, F = grid.tokens in frame-major raster order.
+        text_k_BLND, text_v_BLND: Keys and values of the text.
+        text_valid_BL: bool, False where the text is padding.
+        mask: Order and space of `megacog_kernels.grid`.
+        grid: The video grid.
+
+    Returns:
+        [B, F, N, D] in the dtype of q.
+
+    Raises:
+        ValueError: The frame rows do not fit the grid.
+    """
+    if q_BFND.shape[1] != grid.tokens or k_BFND.shape[1] != grid.tokens:
+        raise ValueError(f"q has {q_BFND.shape[1]} and k {k_BFND.shape[1]} rows, the grid {grid} has {grid.tokens}")
+    if mask.space.kind == "frame":
+        return _own_frame_attention(q_BFND, k_BFND, v_BFND, text_k_BLND, text_v_BLND, text_valid_BL, mask, grid)
+    frame_mask_FF = _dense_mask(mask, grid, q_BFND.device)
+    allowed_BFK = _join(text_valid_BL[:, None, :], frame_mask_FF[None])
+    k_BKND = torch.cat([text_k_BLND, k_BFND], dim=1)
+    v_BKND = torch.cat([text_v_BLND, v_BFND], dim=1)
+    return _attend(q_BFND, k_BKND, v_BKND, allowed_BFK)
+
+
+def cached_attention(
+    q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor | None
+) -> Tensor:
+    """Attention of new rows over gathered keys of a cache: [B, R, N, D]; allowed None = all keys."""
+    return _attend(q_BRND, k_BKND, v_BKND, allowed_BRK)
+
+
+def _own_frame_attention(
+    q_BFND: Tensor,
+    k_BFND: Tensor,
+    v_BFND: Tensor,
+    text_k_BLND: Tensor,
+    text_v_BLND: Tensor,
+    text_valid_BL: Tensor,
+    mask: MaskSpec,
+    grid: VideoGrid,
+) -> Tensor:
+    """The `frame` space with frames folded into the batch: 1/T of the dense work."""
+    B, F, N, D = q_BFND.shape
+    T, P = grid.frames, grid.cells
+    mask_TPP = _own_frame_mask(mask, grid, q_BFND.device)
+
+    def fold(frames_BFND: Tensor) -> Tensor:
+        return frames_BFND.reshape(B * T, P, N, D)
+
+    def repeat(text_BLND: Tensor) -> Tensor:
+        return text_BLND[:, None].expand(B, T, *text_BLND.shape[1:]).flatten(0, 1)
+
+    k_XKND = torch.cat([repeat(text_k_BLND), fold(k_BFND)], dim=1)
+    v_XKND = torch.cat([repeat(text_v_BLND), fold(v_BFND)], dim=1)
+    valid_XL = text_valid_BL[:, None].expand(B, T, text_valid_BL.shape[1]).flatten(0, 1)
+    allowed_XPK = _join(valid_XL[:, None, :], mask_TPP.repeat(B, 1, 1))
+    return _attend(fold(q_BFND), k_XKND, v_XKND, allowed_XPK).reshape(B, F, N, D)
+
+
+def _join(text_XRL: Tensor, frames_XRK: Tensor) -> Tensor:
+    """Concatenate a text and a frame mask along the keys, broadcasting batch and rows."""
+    X, R = max(text_XRL.shape[0], frames_XRK.shape[0]), frames_XRK.shape[1]
+    return torch.cat([text_XRL.expand(X, R, -1), frames_XRK.expand(X, R, -1)], dim=2)
+
+
+def _attend(q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor | None) -> Tensor:
+    mask = None if allowed_BRK is None else allowed_BRK[:, None]
+    out_BNRD = scaled_dot_product_attention(
+        q_BRND.transpose(1, 2), k_BKND.transpose(1, 2), v_BKND.transpose(1, 2), attn_mask=mask
+    )
+    return out_BNRD.transpose(1, 2)
+
+
+@lru_cache(maxsize=64)
+def _dense_mask(mask: MaskSpec, grid: VideoGrid, device: torch.device) -> Tensor:
+    return torch.from_numpy(dense_mask(mask, grid).copy()).to(device)
+
+
+@lru_cache(maxsize=64)
+def _own_frame_mask(mask: MaskSpec, grid: VideoGrid, device: torch.device) -> Tensor:
+    frame = torch.arange(grid.frames).numpy()[:, None, None]
+    cell = torch.arange(grid.cells).numpy()
+    return torch.from_numpy(visible(mask, grid, frame, cell[:, None], frame, cell[None])).to(device)

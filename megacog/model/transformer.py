@@ -1,0 +1,297 @@
+"""CogVideo: a text-to-image transformer with a trainable attention-plus channel in every layer.
+
+Text rows see text only, so they depend on no trained weight in the video stages: they run as a
+stream of their own, without gradients there, and their keys and values can be kept per caption.
+Frame rows run as a second stream. In a layer (Sandwich-LN, both streams share all weights):
+
+    a = LN1(x);  x = x + LN3(gate * base(a) + (1 - gate) * plus(a));  x = x + LN4(MLP(LN2(x)))
+
+LN1..LN4 are input, post_attention, third and fourth layernorm. Text rows have no plus channel.
+
+Legend: B batch, L text length, T frames, P cells of a frame, F = T * P, R rows of a stream,
+N heads of this rank, D head dim, C width, V vocabulary, Q predicted frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megacog_kernels.attention import text_attention, video_attention
+from megacog_kernels.grid import MaskSpec
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megacog.config.schema import ModelConfig, PlusStage, SpaceConfig, Stage
+from megacog.model.attention import Attend, AttentionChannel, AttentionPlus, PlusLayer
+from megacog.model.layout import StageLayout, stage_layout, text_position_ids
+from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megacog.parallel.loss import parallel_cross_entropy
+from megacog.parallel.tensor import TensorParallel
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values [B, R, N, D]."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a training step needs."""
+
+    loss: Tensor
+    """fp32 scalar: weighted mean cross entropy over the predicted frames."""
+    frame_loss_Q: Tensor
+    """fp32 [Q], detached: mean cross entropy of each predicted frame."""
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Keys and values that one layer's text rows offer to frame rows."""
+
+    base: KeyValue
+    plus: KeyValue | None
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        super().__init__()
+        self.up = ColumnParallelLinear(config.hidden_size, config.ffn, parallel)
+        self.down = RowParallelLinear(config.ffn, config.hidden_size, parallel)
+        self.dropout = nn.Dropout(config.mlp_dropout)
+
+    def forward(self, x_BRC: Tensor) -> Tensor:
+        return self.dropout(self.down(F.gelu(self.up(x_BRC), approximate="tanh")))
+
+
+class Layer(nn.Module):
+    """One base layer; the attention-plus of the running stage is handed in."""
+
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        super().__init__()
+        norm = (config.hidden_size, config.layernorm_eps)
+        self.input_layernorm = nn.LayerNorm(*norm)
+        self.third_layernorm = nn.LayerNorm(*norm)
+        self.post_attention_layernorm = nn.LayerNorm(*norm)
+        self.fourth_layernorm = nn.LayerNorm(*norm)
+        self.attention = AttentionChannel(config, parallel)
+        self.mlp = MLP(config, parallel)
+
+    def _residual(self, x_BRC: Tensor, mixed_BRC: Tensor) -> Tensor:
+        x_BRC = x_BRC + self.third_layernorm(mixed_BRC)
+        return x_BRC + self.fourth_layernorm(self.mlp(self.post_attention_layernorm(x_BRC)))
+
+    def text_rows(self, x_BLC: Tensor, valid_BL: Tensor, plus: PlusLayer | None) -> tuple[Tensor, TextStates]:
+        """The text stream through this layer: next rows, and what frame rows see of the text."""
+        normed_BLC = self.input_layernorm(x_BLC)
+        kept: list[KeyValue] = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            kept.append((k, v))
+            return text_attention(q, k, v, valid_BL)
+
+        mixed_BLC = self.attention(normed_BLC, attend)
+        plus_states = plus.project(normed_BLC)[1:] if plus is not None else None
+        return self._residual(x_BLC, mixed_BLC), TextStates(kept[0], plus_states)
+
+    def frame_rows(self, x_BRC: Tensor, base: Attend, plus: PlusLayer | None, plus_attend: Attend | None) -> Tensor:
+        """Rows of the frame stream through this layer."""
+        normed_BRC = self.input_layernorm(x_BRC)
+        mixed_BRC = self.attention(normed_BRC, base)
+        if plus is not None:
+            assert plus_attend is not None
+            mixed_BRC = plus.gate(mixed_BRC, plus(normed_BRC, plus_attend))
+        return self._residual(x_BRC, mixed_BRC)
+
+    def forward(
+        self,
+        text_BLC: Tensor,
+        frames_BFC: Tensor,
+        valid_BL: Tensor,
+        layout: StageLayout,
+        plus: PlusLayer | None,
+        plus_mask: MaskSpec | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams through this layer, all frames at once."""
+        text_BLC, states = self.text_rows(text_BLC, valid_BL, plus)
+
+        def attend_with(text: KeyValue, mask: MaskSpec) -> Attend:
+            return lambda q, k, v: video_attention(q, k, v, *text, valid_BL, mask, layout.grid)
+
+        base = attend_with(states.base, layout.base_mask)
+        plus_attend = attend_with(states.plus, plus_mask) if states.plus and plus_mask else None
+        return text_BLC, self.frame_rows(frames_BFC, base, plus, plus_attend)
+
+
+class CogVideo(nn.Module):
+    """The base and the attention-plus sets named in `plus`, on one tensor-parallel rank.
+
+    Args:
+        config: Shape; `boi_id` must be set.
+        plus: Stages whose attention-plus is built.
+        parallel: This rank's tensor-parallel place; None = the whole model.
+        activation_checkpointing: Recompute every layer in the backward pass.
+
+    Weights are uninitialized: call `initialize` or load them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        plus: Sequence[PlusStage] = (),
+        parallel: TensorParallel | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if config.boi_id is None:
+            raise ValueError("model.boi_id is not set; take it from the text tokenizer")
+        self.config = config
+        self.parallel = parallel or TensorParallel()
+        self.activation_checkpointing = activation_checkpointing
+        self.code_embedding = VocabParallelEmbedding(config.image_vocab_size, config.hidden_size, self.parallel)
+        self.text_embedding = VocabParallelEmbedding(config.text_vocab_size, config.hidden_size, self.parallel)
+        self.position_embedding = nn.Embedding(config.base_position_rows, config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(Layer(config, self.parallel) for _ in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_eps)
+        self.plus = nn.ModuleDict({stage: AttentionPlus(config, self.parallel) for stage in plus})
+
+    @property
+    def device(self) -> torch.device:
+        return self.final_layernorm.weight.device
+
+    def trainable(self, stage: Stage) -> None:
+        """Let the stage's weights take gradients and freeze all others: the base, or one plus set."""
+        for name, parameter in self.named_parameters():
+            part = name.split(".")[1] if name.startswith("plus.") else "base"
+            parameter.requires_grad_(part == stage)
+
+    def plus_of(self, stage: Stage) -> AttentionPlus | None:
+        """The attention-plus of a stage; None for base."""
+        if stage == "base":
+            return None
+        if stage not in self.plus:
+            raise ValueError(f"this model holds no attention-plus of stage {stage!r}, only {list(self.plus)}")
+        plus = self.plus[stage]
+        assert isinstance(plus, AttentionPlus)
+        return plus
+
+    def embed_text(self, text_BL: Tensor, valid_BL: Tensor) -> Tensor:
+        """Word plus position embedding of the text rows: [B, L, C]."""
+        positions_BLC = self.position_embedding(text_position_ids(valid_BL))
+        return self.embedding_dropout(self.text_embedding(text_BL) + positions_BLC)
+
+    def embed_frame(self, inputs_BRC: Tensor, frame: int, cells: slice, plus: AttentionPlus | None) -> Tensor:
+        """Adds the positions of `cells` of one frame; frame 0 stands in the base table, later ones in the plus table."""
+        start, stop, _ = cells.indices(self.config.cells)
+        if frame == 0:
+            table, offset = self.position_embedding, self.config.text_positions
+        else:
+            assert plus is not None, "frames after the first need an attention-plus"
+            table, offset = plus.position_embedding, (frame - 1) * self.config.cells
+        positions_R = torch.arange(offset + start, offset + stop, device=inputs_BRC.device)
+        return self.embedding_dropout(inputs_BRC + table(positions_R))
+
+    def embed_boi(self, batch: int) -> Tensor:
+        """Embedding of the start-of-image token: [B, 1, C]."""
+        return self.text_embedding(torch.full((batch, 1), self.config.boi_id, device=self.device))
+
+    def _embed_frames(self, codes_BTP: Tensor, plus: AttentionPlus | None) -> Tensor:
+        B, T, P = codes_BTP.shape
+        boi_BTC = self.embed_boi(B).expand(B, T, -1)
+        inputs_BTPC = torch.cat([boi_BTC[:, :, None], self.code_embedding(codes_BTP[..., :-1])], dim=2)
+        frames = [self.embed_frame(inputs_BTPC[:, frame], frame, slice(0, P), plus) for frame in range(T)]
+        return torch.cat(frames, dim=1)
+
+    def _hidden(
+        self, text_BL: Tensor, valid_BL: Tensor, codes_BTP: Tensor, layout: StageLayout, plus_on: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Text rows [B, L, C] and frame rows [B, F, C] after the last layer, before the final layernorm."""
+        plus = self.plus_of(layout.stage)
+        text_BLC = self.embed_text(text_BL, valid_BL)
+        frames_BFC = self._embed_frames(codes_BTP, plus)
+        for index, layer in enumerate(self.layers):
+            plus_layer = plus.layers[index] if plus is not None and plus_on else None
+            mask = layout.plus_mask(self.space(layout.stage), index) if plus_layer is not None else None
+            arguments = (text_BLC, frames_BFC, valid_BL, layout, plus_layer, mask)
+            if self.activation_checkpointing and self.training:
+                text_BLC, frames_BFC = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                text_BLC, frames_BFC = layer(*arguments)
+        return text_BLC, frames_BFC
+
+    def space(self, stage: Stage) -> SpaceConfig:
+        """The attention-plus space of a stage."""
+        space: SpaceConfig = getattr(self.config.attention, stage)
+        return space
+
+    def forward(
+        self,
+        text_BL: Tensor,
+        text_valid_BL: Tensor,
+        frames_BTP: Tensor,
+        stage: Stage,
+        context_BTP: Tensor | None = None,
+        frame_weights: Sequence[float] | None = None,
+    ) -> LossOutput:
+        """The stage's loss.
+
+        Args:
+            text_BL: int64 text pieces, padded on the left.
+            text_valid_BL: bool, False on padding.
+            frames_BTP: int64 codes in raster order: the targets.
+            stage: Layout, masks and attention-plus to use.
+            context_BTP: Codes to feed instead of the targets (imperfect context); None = the targets.
+            frame_weights: Weight of every frame [T]; None = equal.
+        """
+        layout = stage_layout(self.config, stage)
+        self._check(text_BL, frames_BTP, layout)
+        inputs_BTP = frames_BTP if context_BTP is None else context_BTP
+        _, frames_BFC = self._hidden(text_BL, text_valid_BL, inputs_BTP, layout)
+        predicted = list(layout.loss_frames)
+        hidden_BQPC = frames_BFC.unflatten(1, (layout.grid.frames, layout.grid.cells))[:, predicted]
+        loss_BQP = self._code_loss(hidden_BQPC, frames_BTP[:, predicted])
+        frame_loss_Q = loss_BQP.mean(dim=(0, 2))
+        weights_Q = torch.ones_like(frame_loss_Q)
+        if frame_weights is not None:
+            weights_Q = torch.tensor([frame_weights[frame] for frame in predicted], device=frame_loss_Q.device)
+        return LossOutput((frame_loss_Q * weights_Q).sum() / weights_Q.sum(), frame_loss_Q.detach())
+
+    def _code_loss(self, hidden_BQPC: Tensor, targets_BQP: Tensor) -> Tensor:
+        logits_XV = self.code_embedding(self.final_layernorm(hidden_BQPC).flatten(0, 2), as_head=True)
+        loss_X = parallel_cross_entropy(logits_XV, targets_BQP.flatten(), self.code_embedding.first, self.parallel)
+        return loss_X.view_as(targets_BQP)
+
+    @torch.no_grad()
+    def code_logits(self, hidden_BRC: Tensor) -> Tensor:
+        """fp32 logits over the image codes of frame rows before the final layernorm: [B, R, image_vocab_size]."""
+        return self._whole_logits(self.code_embedding, self.final_layernorm(hidden_BRC)).float()
+
+    def logits(
+        self, text_BL: Tensor, text_valid_BL: Tensor, frames_BTP: Tensor, stage: Stage, plus: bool = True
+    ) -> Tensor:
+        """fp32 logits of all rows over codes, then text pieces: [B, L + F, image + text vocabulary].
+
+        For parity and proofs: training and generation never build them. With plus=False the
+        attention-plus channel is off (its positions stay). Differentiable on one tensor-parallel rank.
+        """
+        layout = stage_layout(self.config, stage)
+        self._check(text_BL, frames_BTP, layout)
+        rows = torch.cat(self._hidden(text_BL, text_valid_BL, frames_BTP, layout, plus), dim=1)
+        hidden = self.final_layernorm(rows)
+        tables = (self.code_embedding, self.text_embedding)
+        return torch.cat([self._whole_logits(table, hidden) for table in tables], dim=-1).float()
+
+    def _whole_logits(self, table: VocabParallelEmbedding, hidden_BRC: Tensor) -> Tensor:
+        local = table(hidden_BRC, as_head=True)
+        if self.parallel.size == 1:
+            return local
+        padded = F.pad(local, (0, table.weight.shape[0] - local.shape[-1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(self.parallel.size)]
+        torch.distributed.all_gather(parts, padded, group=self.parallel.group)
+        return torch.cat(parts, dim=-1)[..., : table.vocabulary]
+
+    def _check(self, text_BL: Tensor, frames_BTP: Tensor, layout: StageLayout) -> None:
+        expected = (text_BL.shape[0], layout.grid.frames, layout.grid.cells)
+        if tuple(frames_BTP.shape) != expected:
+            raise ValueError(f"stage {layout.stage} takes frames of shape {expected}, got {tuple(frames_BTP.shape)}")

@@ -1,0 +1,82 @@
+"""Linear and embedding layers whose weights are cut over tensor-parallel ranks.
+
+With one rank they are the ordinary layers. Shapes: C width, V vocabulary, `...` any leading dims.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megacog.parallel.tensor import ShardSpec, TensorParallel, copy_to_ranks, mark_sharded, sum_over_ranks
+
+
+class ColumnParallelLinear(nn.Module):
+    """x @ weight^T + bias with the output features cut over ranks (`blocks` = 3 for q|k|v)."""
+
+    def __init__(self, features_in: int, features_out: int, parallel: TensorParallel, blocks: int = 1) -> None:
+        super().__init__()
+        if features_out % (blocks * parallel.size):
+            raise ValueError(f"{parallel.size} tensor-parallel ranks do not divide {features_out // blocks} features")
+        self.parallel = parallel
+        shard = ShardSpec(dim=0, length=features_out, blocks=blocks)
+        self.weight = nn.Parameter(torch.empty(shard.local_length(parallel.size), features_in))
+        self.bias = nn.Parameter(torch.empty(shard.local_length(parallel.size)))
+        mark_sharded(self.weight, shard, parallel.size)
+        mark_sharded(self.bias, shard, parallel.size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., features_out / ranks]."""
+        return F.linear(copy_to_ranks(x, self.parallel), self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """x @ weight^T + bias with the input features cut over ranks; the output is whole."""
+
+    def __init__(self, features_in: int, features_out: int, parallel: TensorParallel) -> None:
+        super().__init__()
+        if features_in % parallel.size:
+            raise ValueError(f"{parallel.size} tensor-parallel ranks do not divide {features_in} features")
+        self.parallel = parallel
+        self.weight = nn.Parameter(torch.empty(features_out, features_in // parallel.size))
+        self.bias = nn.Parameter(torch.empty(features_out))
+        mark_sharded(self.weight, ShardSpec(dim=1, length=features_in), parallel.size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., features_in / ranks] -> [..., features_out]."""
+        if self.parallel.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        return sum_over_ranks(F.linear(x, self.weight), self.parallel) + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding table cut over ranks, and the output head tied to it.
+
+    Rows are padded so that every rank holds as many. Both uses go through `forward`, so that
+    parameter hooks (ZeRO 3) see them.
+    """
+
+    def __init__(self, vocabulary: int, width: int, parallel: TensorParallel) -> None:
+        super().__init__()
+        self.parallel = parallel
+        self.vocabulary = vocabulary
+        shard = ShardSpec(dim=0, length=vocabulary)
+        rows = shard.local_length(parallel.size)
+        self.first = rows * parallel.rank
+        """First vocabulary row of this rank."""
+        self.rows = max(0, min(rows, vocabulary - self.first))
+        """Rows of this rank that are no padding."""
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        mark_sharded(self.weight, shard, parallel.size)
+
+    def forward(self, x: Tensor, *, as_head: bool = False) -> Tensor:
+        """Embeddings [..., C] of ids [...]; or, as head, local logits [..., rows] of hidden states [..., C]."""
+        if as_head:
+            return F.linear(copy_to_ranks(x, self.parallel), self.weight[: self.rows])
+        if self.parallel.size == 1:
+            return F.embedding(x, self.weight)
+        local = x - self.first
+        mine = (local >= 0) & (local < self.rows)
+        rows = F.embedding(local.masked_fill(~mine, 0), self.weight) * mine.unsqueeze(-1)
+        return sum_over_ranks(rows, self.parallel)
