@@ -1,0 +1,1 @@
+"""Pretokenized clips: shards on disk, frame rates, sample order, batches."""
