@@ -126,7 +126,8 @@ class ModelConfig(Section):
             )
         if self.plus_position_rows < (self.num_frames - 1) * self.cells:
             raise ValueError(
-                f"plus_positions {self.plus_position_rows} < {self.num_frames - 1} frames x {self.cells} cells"
+                f"plus_positions {self.plus_position_rows} < "
+                f"{self.num_frames - 1} frames x {self.cells} cells"
             )
         if self.boi_id is not None and self.boi_id >= self.text_vocab_size:
             raise ValueError(f"boi_id {self.boi_id} is outside text_vocab_size {self.text_vocab_size}")
@@ -298,11 +299,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
-        model, train = self.model, self.train
-        if model.num_heads % self.parallel.tensor:
-            raise ValueError(f"parallel.tensor {self.parallel.tensor} does not divide model.num_heads {model.num_heads}")
-        if model.ffn % self.parallel.tensor:
-            raise ValueError(f"parallel.tensor {self.parallel.tensor} does not divide the MLP width {model.ffn}")
+        model, train, tensor = self.model, self.train, self.parallel.tensor
+        if model.num_heads % tensor:
+            raise ValueError(f"parallel.tensor {tensor} does not divide model.num_heads {model.num_heads}")
+        if model.ffn % tensor:
+            raise ValueError(f"parallel.tensor {tensor} does not divide the MLP width {model.ffn}")
         if train.global_batch_size % train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size {train.global_batch_size} is not a multiple of "
@@ -310,15 +311,19 @@ class Config(Section):
             )
         if train.engine == "deepspeed" and train.precision == "bf16" and train.zero_stage == 0:
             raise ValueError(
-                "train.zero_stage 0 with train.precision bf16 gives wrong gradient norms and losses in DeepSpeed; "
-                "use zero_stage 1 or precision fp32"
+                "train.zero_stage 0 with train.precision bf16 gives wrong gradient norms and losses "
+                "in DeepSpeed; use zero_stage 1 or precision fp32"
             )
         if train.stage != "base" and model.inherit is None:
-            raise ValueError(f"train.stage {train.stage} needs model.inherit: the export whose base it builds on")
+            raise ValueError(
+                f"train.stage {train.stage} needs model.inherit: the export whose base it builds on"
+            )
         weights = self.loss.frame_weights
         frames = 1 if train.stage == "base" else model.num_frames
         if weights is not None and len(weights) != frames:
-            raise ValueError(f"loss.frame_weights has {len(weights)} entries, the sequence has {frames} frames")
+            raise ValueError(
+                f"loss.frame_weights has {len(weights)} entries, the sequence has {frames} frames"
+            )
         if train.stage == "interpolation" and model.num_frames % 2 == 0:
             raise ValueError(f"interpolation needs an odd model.num_frames, not {model.num_frames}")
         return self

@@ -1,0 +1,1 @@
+"""Ranks, durable files, logging, signals and hardware facts: what every long-running part needs."""

@@ -1,0 +1,40 @@
+"""The frame of every command: user errors become one message and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megacog.errors import EXIT_DONE, MegacogError
+
+_EXIT_INTERRUPTED = 130
+_EXIT_BROKEN_PIPE = 141
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and leave the process with its exit code (None = 0).
+
+    A MegacogError prints `error: <message>` and uses its own code, Ctrl-C gives 130. Anything else is
+    a bug and keeps its traceback.
+    """
+    try:
+        code = main()
+        sys.stdout.flush()
+    except MegacogError as error:
+        _complain(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        sys.exit(_EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; a second error at exit would only confuse.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_EXIT_BROKEN_PIPE)
+    sys.exit(EXIT_DONE if code is None else code)
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()

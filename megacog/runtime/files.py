@@ -1,0 +1,175 @@
+"""Files that are there completely or not at all.
+
+Everything is written under a temporary name in the target's own folder, synced, and renamed; a
+killed writer leaves a hidden `.<name>.tmp-*` entry that no reader takes for the real thing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from megacog.errors import EnvError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Yield a file that appears at `path`, durably, when the block ends without an error.
+
+    Args:
+        path: the final name; its folder is made if missing; an existing file is replaced.
+        mode: "wb" or "w" (UTF-8, newlines as written).
+
+    Raises:
+        EnvError: the disk is full; neither the temporary nor a partial file remains.
+    """
+    if mode not in ("wb", "w"):
+        raise ValueError(f"mode must be 'wb' or 'w', not {mode!r}")
+    path = Path(path)
+    temporary = _temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text: dict[str, str] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        _raise_for_space(error, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path | str, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `path`, durably, when the block ends without an error.
+
+    Args:
+        path: the final name; its parent is made if missing.
+        replace: an existing folder at `path` is replaced; otherwise it is an error (an empty one is not).
+
+    Raises:
+        EnvError: `path` exists already, or the disk is full; nothing new remains.
+    """
+    path = Path(path)
+    if not replace:
+        _require_free_name(path)
+    temporary = _temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        _sync_tree(temporary)
+        if not replace:
+            _require_free_name(path)
+        _move_into_place(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        _raise_for_space(error, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the entries of a folder (names after a rename) durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; they order renames themselves.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path | str) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def crc32_file(path: Path | str) -> int:
+    """Return the crc32 (unsigned) of a file's bytes."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def require_space(path: Path | str, needed_bytes: int) -> None:
+    """Check that the file system of `path` (which need not exist yet) has room for `needed_bytes`.
+
+    Raises:
+        EnvError: it has not; the message names needed and free bytes.
+    """
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise EnvError(
+            f"{path}: not enough disk space: {needed_bytes} bytes ({needed_bytes / 2**30:.2f} GiB) needed, "
+            f"{free_bytes} bytes ({free_bytes / 2**30:.2f} GiB) free. "
+            "Free some space or choose another folder."
+        )
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+
+
+def _require_free_name(path: Path) -> None:
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists():
+        raise EnvError(f"{path} exists already and is not overwritten. Remove it or choose another name.")
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    # A folder cannot be renamed over a non-empty one, so the old one steps aside first.
+    old = _temporary_name(path)
+    os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(folder))
+
+
+def _raise_for_space(error: OSError, path: Path) -> NoReturn:
+    if error.errno in _NO_SPACE:
+        raise EnvError(
+            f"{path}: no space left on the disk while writing; nothing was left half-written. "
+            "Free some space (or quota) and run again."
+        ) from error
+    raise error

@@ -1,0 +1,43 @@
+"""Log lines on stderr, from rank 0 only unless something is wrong."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+_ROOT = "megacog"
+
+
+class _ProgressSafeHandler(logging.Handler):
+    """Writes a line to the present sys.stderr without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+            if sys.stderr.isatty():
+                from tqdm import tqdm
+
+                tqdm.write(line, file=sys.stderr)
+            else:
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def setup(rank: int = 0) -> None:
+    """Send megacog's log lines to stderr: everything from rank 0, warnings and errors from the others."""
+    logger = logging.getLogger(_ROOT)
+    for handler in [handler for handler in logger.handlers if isinstance(handler, _ProgressSafeHandler)]:
+        logger.removeHandler(handler)
+    handler = _ProgressSafeHandler()
+    who = "" if rank == 0 else f" rank {rank}"
+    line = f"%(asctime)s{who} %(levelname).1s %(message)s"
+    handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module; `name` is its `__name__`."""
+    return logging.getLogger(name if name.split(".")[0] == _ROOT else f"{_ROOT}.{name}")
