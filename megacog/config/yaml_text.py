@@ -85,7 +85,8 @@ def parse(text: str) -> Parsed:
 
 def dump(value: Any) -> str:
     """Return YAML text that `parse` reads back as an equal value."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return text
 
 
 def _value(node: yaml.Node, path: Path, parsed: Parsed) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ def progress(iterable: Iterable[T], total: int | None = None, desc: str = "") ->
         total: how many there will be; taken from len() if None, unknown if there is none.
         desc: what is being done, e.g. "encoding clips".
     """
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if int(os.environ.get("RANK", "0")) != 0:
         return iter(iterable)
