@@ -1,0 +1,1 @@
+"""Training: engines, the loop, the schedule, and the start of a run."""
