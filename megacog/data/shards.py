@@ -11,19 +11,15 @@ Shapes: N frames of the shard, V clips, h and w codes of one frame.
 
 from __future__ import annotations
 
-import glob
 import math
 import os
-import re
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, overload
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -31,118 +27,20 @@ from numpy.typing import NDArray
 
 from megacog.data import hdf5
 from megacog.data.hdf5 import AGAIN
+from megacog.data.shard_format import (
+    FORMAT,
+    VERSION,
+    ShardMeta,
+    TextColumn,
+    expand_shards,
+    shard_path,
+)
 from megacog.errors import DataError
 from megacog.runtime.files import atomic_file
 
-FORMAT = "megacog-frames"
-VERSION = 1
+__all__ = ["Shard", "ShardMeta", "ShardWriter", "expand_shards", "shard_path"]
+
 _BLOCK_BYTES = 8 << 20
-_MAX_ATTRIBUTE_BYTES = 16 << 10  # an object header holds 64 KiB; larger attributes move to a heap
-_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<total>\d{5})\.h5")
-
-
-@dataclass(frozen=True)
-class ShardMeta:
-    """What all clips of a shard have in common.
-
-    Attributes:
-        grid: height and width of one frame in codes.
-        codebook_size: codes are smaller than this.
-        tokenizer_fingerprint: sha256 of the frame tokenizer that made the codes.
-        decoder: name and version of the video decoder.
-        settings: how the frames were made (JSON), for people and `inspect`.
-        temporal_factor: frames per code frame; 1 = per-frame codes, so a lower rate is a stride.
-    """
-
-    grid: tuple[int, int]
-    codebook_size: int
-    tokenizer_fingerprint: str
-    decoder: str
-    settings: str
-    temporal_factor: int = 1
-
-    def __post_init__(self) -> None:
-        if len(self.grid) != 2 or min(self.grid) < 1:
-            raise ValueError(f"grid {self.grid} must be two positive numbers")
-        if not 2 <= self.codebook_size <= 1 << 32:
-            raise ValueError(f"codebook_size {self.codebook_size} must be between 2 and 2**32")
-        if self.temporal_factor < 1:
-            raise ValueError(f"temporal_factor {self.temporal_factor} must be positive")
-        for name in ("tokenizer_fingerprint", "decoder", "settings"):
-            size = len(getattr(self, name).encode())
-            if not 1 <= size <= _MAX_ATTRIBUTE_BYTES:
-                raise ValueError(f"{name} has {size} bytes; a shard holds 1 to {_MAX_ATTRIBUTE_BYTES}")
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Stored type of a code: little-endian uint16, or uint32 when the codebook needs it."""
-        return np.dtype("<u2" if self.codebook_size <= 1 << 16 else "<u4")
-
-    @property
-    def frame_bytes(self) -> int:
-        """Bytes of one stored frame."""
-        return self.grid[0] * self.grid[1] * self.dtype.itemsize
-
-
-def shard_path(stem: str | Path, index: int, total: int) -> Path:
-    """Returns `<stem>-00000-of-00042.h5`."""
-    if not 0 <= index < total:
-        raise ValueError(f"shard index {index} is outside 0..{total - 1}")
-    return Path(f"{stem}-{index:05d}-of-{total:05d}.h5")
-
-
-def expand_shards(pattern: str | Path) -> list[Path]:
-    """Returns the shard files that a path or glob pattern names, in name order.
-
-    Raises:
-        DataError: nothing matches, or a numbered set is incomplete.
-    """
-    text = os.path.expanduser(str(pattern))
-    paths = [Path(text)] if Path(text).is_file() else [Path(name) for name in sorted(glob.glob(text))]
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise DataError(
-            f"no shard matches {str(pattern)!r} (looked from {os.getcwd()}). Make shards with "
-            "launch/prepare.py, or correct the path in data.train / data.eval."
-        )
-    found = set(paths)
-    for path in paths:
-        match = _SHARD_NAME.fullmatch(path.name)
-        if match is None or len(paths) == 1:
-            continue
-        for index in range(int(match["total"])):
-            sibling = shard_path(path.parent / match["stem"], index, int(match["total"]))
-            if sibling not in found and fnmatch(str(sibling), text):
-                raise DataError(
-                    f"{sibling} is missing, though {path.name} says that the set has {int(match['total'])} "
-                    "shards. Finish the preparation (launch/prepare.py continues where it stopped), or name "
-                    "the wanted shards one by one."
-                )
-    return paths
-
-
-class TextColumn(Sequence[str]):
-    """Strings kept as UTF-8 bytes and offsets, decoded when asked for."""
-
-    def __init__(self, data: NDArray[np.uint8], offsets: NDArray[np.int64], where: str) -> None:
-        self._data, self._offsets, self._where = data, offsets, where
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        clip = range(len(self))[index]
-        raw = self._data[self._offsets[clip] : self._offsets[clip + 1]].tobytes()
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self._where}: entry {clip} is not UTF-8 ({error}). {AGAIN}") from None
 
 
 class ShardWriter:
@@ -222,19 +120,26 @@ class ShardWriter:
         token_ids: Sequence[int] | None,
     ) -> None:
         if not clip_id or clip_id in self._ids:
-            raise DataError(f"{where}: the id is {'used twice' if clip_id else 'empty'}. Give every clip its own id.")
+            raise DataError(
+                f"{where}: the id is {'used twice' if clip_id else 'empty'}. Give every clip its own id."
+            )
         _utf8(where, clip_id)
         if not caption.strip():
             raise DataError(f"{where} has an empty caption. Write one, or leave the clip out.")
-        if codes.ndim != 3 or len(codes) < 1 or codes.shape[1:] != self.meta.grid or codes.dtype.kind not in "iu":
+        if (
+            codes.ndim != 3
+            or len(codes) < 1
+            or codes.shape[1:] != self.meta.grid
+            or codes.dtype.kind not in "iu"
+        ):
             raise DataError(
                 f"{where}: codes are {codes.dtype} {list(codes.shape)}, the shard holds integers "
                 f"[n >= 1, {self.meta.grid[0]}, {self.meta.grid[1]}]."
             )
         if int(codes.min()) < 0 or int(codes.max()) >= self.meta.codebook_size:
             raise DataError(
-                f"{where}: codes span {codes.min()}..{codes.max()}, the codebook 0..{self.meta.codebook_size - 1}. "
-                "The shard's codebook_size must be that of the tokenizer that made the codes."
+                f"{where}: codes span {codes.min()}..{codes.max()}, the codebook "
+                f"0..{self.meta.codebook_size - 1}. The shard's codebook_size must be that of the codes' tokenizer."
             )
         if not (math.isfinite(fps) and fps > 0):
             raise DataError(f"{where}: fps {fps} must be a positive number.")
@@ -269,7 +174,9 @@ class ShardWriter:
             hdf5.write_array(file, "clips/first_frame", np.cumsum(num_frames, dtype="<i8") - num_frames)
             hdf5.write_array(file, "clips/num_frames", num_frames)
             hdf5.write_array(file, "clips/fps", np.asarray(self._fps, dtype="<f4"))
-            hdf5.write_text(file, "clips/ids", "clips/id_offsets", [clip_id.encode() for clip_id in self._ids])
+            hdf5.write_text(
+                file, "clips/ids", "clips/id_offsets", [clip_id.encode() for clip_id in self._ids]
+            )
             hdf5.write_text(file, "clips/captions", "clips/caption_offsets", self._captions)
             if self._text_tokenizer is not None:
                 flat = np.concatenate([np.empty(0, np.int64), *self._token_ids])
@@ -322,7 +229,9 @@ class Shard:
         self._frames_crc32: NDArray[np.uint32] | None = None
         with hdf5.open_file(self.path) as file:
             self.meta = self._read_meta(file)
-            frames = hdf5.find_dataset(file, self.path, "frames", self.meta.dtype.str, (None, *self.meta.grid))
+            frames = hdf5.find_dataset(
+                file, self.path, "frames", self.meta.dtype.str, (None, *self.meta.grid)
+            )
             self._total_frames = len(frames)
             self._frames_offset = hdf5.file_offset(frames)
             hdf5.find_dataset(file, self.path, "frames_crc32", "<u4", (self._total_frames,))
@@ -331,7 +240,9 @@ class Shard:
     def _read_meta(self, file: h5py.File) -> ShardMeta:
         found = file.attrs.get("format")
         if not isinstance(found, np.bytes_) or bytes(found) != FORMAT.encode():
-            raise DataError(f"{self.path} is HDF5 but no {FORMAT} shard. Only files of launch/prepare.py can be used.")
+            raise DataError(
+                f"{self.path} is HDF5 but no {FORMAT} shard. Only files of launch/prepare.py can be used."
+            )
         (version,) = hdf5.read_integers(file, self.path, "version", 1)
         if version != VERSION:
             raise DataError(
@@ -341,8 +252,10 @@ class Shard:
         height, width = hdf5.read_integers(file, self.path, "grid", 2)
         (codebook_size,) = hdf5.read_integers(file, self.path, "codebook_size", 1)
         (temporal_factor,) = hdf5.read_integers(file, self.path, "temporal_factor", 1)
-        strings = [hdf5.read_string(file, self.path, name) for name in ("frame_tokenizer", "decoder", "settings")]
-        return ShardMeta((height, width), codebook_size, *strings, temporal_factor=temporal_factor)
+        fingerprint, decoder, settings = (
+            hdf5.read_string(file, self.path, name) for name in ("frame_tokenizer", "decoder", "settings")
+        )
+        return ShardMeta((height, width), codebook_size, fingerprint, decoder, settings, temporal_factor)
 
     def _read_clips(self, file: h5py.File) -> None:
         def column(name: str, dtype: str, length: int | None) -> NDArray[Any]:
@@ -361,7 +274,9 @@ class Shard:
             and self.fps.min() > 0
         ):
             raise DataError(f"{self.path}: clips lie outside the frames or have impossible rates. {AGAIN}")
-        self.clip_ids = TextColumn(*self._ragged(column, "ids", "id_offsets", "|u1"), f"{self.path}: /clips/ids")
+        self.clip_ids = TextColumn(
+            *self._ragged(column, "ids", "id_offsets", "|u1"), f"{self.path}: /clips/ids"
+        )
         self.captions = TextColumn(
             *self._ragged(column, "captions", "caption_offsets", "|u1"), f"{self.path}: /clips/captions"
         )
@@ -411,7 +326,9 @@ class Shard:
         if codes.size and int(codes.max()) >= self.meta.codebook_size:
             slot = int(codes.reshape(len(codes), -1).max(axis=1).argmax())
             self._raise_damaged(
-                clip, int(wanted[slot]), f"invalid: code {codes.max()}, codebook_size {self.meta.codebook_size}"
+                clip,
+                int(wanted[slot]),
+                f"invalid: code {codes.max()}, codebook_size {self.meta.codebook_size}",
             )
         return codes
 
@@ -434,7 +351,10 @@ class Shard:
             codes = np.frombuffer(raw[: whole * size], dtype=self.meta.dtype).reshape(whole, -1)
             highest = codes.max(axis=1, initial=0)
             for slot in range(count):
-                intact = slot < whole and zlib.crc32(raw[slot * size : (slot + 1) * size]) == checksums[first + slot]
+                intact = (
+                    slot < whole
+                    and zlib.crc32(raw[slot * size : (slot + 1) * size]) == checksums[first + slot]
+                )
                 if not intact or highest[slot] >= self.meta.codebook_size:
                     bad.append(first + slot)
         if bad:
@@ -448,7 +368,9 @@ class Shard:
     def _checksums(self) -> NDArray[np.uint32]:
         if self._frames_crc32 is None:
             with hdf5.open_file(self.path) as file:
-                self._frames_crc32 = hdf5.read_array(file, self.path, "frames_crc32", "<u4", (self._total_frames,))
+                self._frames_crc32 = hdf5.read_array(
+                    file, self.path, "frames_crc32", "<u4", (self._total_frames,)
+                )
         return self._frames_crc32
 
     def _open(self) -> int:
@@ -484,4 +406,6 @@ def _utf8(where: str, text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError(f"{where}: the text is not valid Unicode. Correct it or leave the clip out.") from None
+        raise DataError(
+            f"{where}: the text is not valid Unicode. Correct it or leave the clip out."
+        ) from None
