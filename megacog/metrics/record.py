@@ -52,7 +52,7 @@ class Recorder:
             self._guard("TensorBoard", lambda: sink.write(step, kind, plain))
 
     def truncate_after(self, step: int) -> None:
-        """Drop the records of later steps and a torn last line, atomically: a resumed run writes them anew."""
+        """Drop, atomically, the records of later steps (a resumed run writes them anew) and torn lines."""
         if not self._active:
             return
         self._close_file()

@@ -1,4 +1,4 @@
-"""How fast a run trains: tokens per second, TFLOP/s, model FLOP utilization, and time lost waiting for data."""
+"""How fast a run trains: tokens/s, TFLOP/s, model FLOP utilization, and time lost waiting for data."""
 
 from __future__ import annotations
 
