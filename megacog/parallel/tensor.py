@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,15 @@ def mark_sharded(parameter: Tensor, shard: ShardSpec, size: int) -> None:
     parameter.shard = shard  # type: ignore[attr-defined]
     if size > 1:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def materialize(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Give a module built on the meta device uninitialized memory; the marks of its parameters survive."""
+    marks = {name: dict(vars(parameter)) for name, parameter in module.named_parameters()}
+    module = module.to(dtype).to_empty(device=device)
+    for name, parameter in module.named_parameters():
+        vars(parameter).update(marks[name])
+    return module
 
 
 class _CopyToRanks(torch.autograd.Function):

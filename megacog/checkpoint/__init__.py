@@ -1,0 +1,1 @@
+"""Checkpoints of a run and exports of a model."""

@@ -1,0 +1,208 @@
+"""Exports: a model's whole weights and its tokenizers in one folder, independent of how it was trained.
+
+    <export>/config.yaml            the run's resolved configuration
+    <export>/model-00001.safetensors ...  whole (unsharded, unpadded) tensors in their own dtype
+    <export>/manifest.json          format, plus sets, every file with size and sha256
+    <export>/text_tokenizer/  <export>/frame_tokenizer/
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megacog.config.load import dump_config, load_config
+from megacog.config.schema import Config, ModelConfig, PlusStage
+from megacog.errors import CheckpointError
+from megacog.model.transformer import CogVideo
+from megacog.parallel.tensor import TensorParallel, materialize
+from megacog.runtime.files import atomic_directory, sha256_file
+
+FORMAT = "megacog-export"
+VERSION = 1
+SHARD_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Export:
+    """An opened export; tensors are read when asked for."""
+
+    path: Path
+    config: Config
+    files: Mapping[str, str]
+    """Tensor name -> file name."""
+    fingerprint: str
+    """sha256 over the manifest: names, sizes and checksums of everything inside."""
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def plus(self) -> tuple[PlusStage, ...]:
+        """Stages whose attention-plus is held."""
+        stages: tuple[PlusStage, ...] = ("sequential", "interpolation")
+        return tuple(stage for stage in stages if f"plus.{stage}.position_embedding.weight" in self.files)
+
+    @property
+    def text_tokenizer(self) -> Path:
+        return self.path / "text_tokenizer"
+
+    @property
+    def frame_tokenizer(self) -> Path:
+        return self.path / "frame_tokenizer"
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor `name` on the CPU, in the dtype it was stored in."""
+        if name not in self.files:
+            raise CheckpointError(f"{self.path} holds no tensor {name}")
+        with safe_open(self.path / self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def save_export(
+    path: Path, config: Config, tensors: Mapping[str, Tensor], text_tokenizer: Path, frame_tokenizer: Path
+) -> None:
+    """Write an export; the folder appears, or replaces an older one, only when complete.
+
+    Args:
+        path: The folder.
+        config: The run's configuration, `boi_id` resolved.
+        tensors: Whole tensors by parameter name.
+        text_tokenizer, frame_tokenizer: Folders to copy in.
+    """
+    with atomic_directory(path, replace=True) as folder:
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        placement = {}
+        for index, names in enumerate(_shards(tensors), start=1):
+            file = f"model-{index:05d}.safetensors"
+            save_file({name: tensors[name].detach().cpu().contiguous() for name in names}, folder / file)
+            placement.update(dict.fromkeys(names, file))
+        shutil.copytree(text_tokenizer, folder / "text_tokenizer")
+        shutil.copytree(frame_tokenizer, folder / "frame_tokenizer")
+        manifest = {"format": FORMAT, "version": VERSION, "tensors": placement, "files": _file_table(folder)}
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def open_export(path: Path, verify: bool = False) -> Export:
+    """Open an export and check that every file is there in its size (with `verify`: its checksum too).
+
+    Raises:
+        CheckpointError: Not an export, or incomplete or damaged.
+    """
+    manifest_path = path / "manifest.json"
+    if not manifest_path.is_file():
+        raise CheckpointError(f"{path} is no export: it has no manifest.json; give the `export` folder of a finished run")
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+            raise CheckpointError(
+                f"{manifest_path} says {manifest['format']} version {manifest['version']}, "
+                f"this megacog reads {FORMAT} version {VERSION}"
+            )
+        files, tensors = manifest["files"], manifest["tensors"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest_path} is damaged ({error!r}); export the run again") from error
+    for name, record in files.items():
+        _check_file(path / name, record, verify)
+    return Export(path, load_config(path / "config.yaml"), tensors, sha256_file(manifest_path))
+
+
+def load_tensors(model: CogVideo, source: Callable[[str], Tensor], names: Iterable[str]) -> None:
+    """Copy this rank's share of whole tensors into the parameters `names`.
+
+    Args:
+        model: Target; values are cast to its dtype.
+        source: Whole tensor by parameter name.
+        names: Parameters to fill.
+
+    Raises:
+        CheckpointError: A tensor's shape does not fit the model.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            parameter = parameters[name]
+            whole = source(name)
+            shard = getattr(parameter, "shard", None)
+            fits = shard is None or whole.shape[shard.dim] == shard.length
+            part = shard.slice(whole, model.parallel.rank, model.parallel.size) if shard and fits else whole
+            if not fits or part.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(whole.shape)} in the weights to load, which does not fit the model "
+                    f"(this rank's part is {tuple(parameter.shape)}); the model sections differ"
+                )
+            parameter.copy_(part)
+
+
+def load_model(
+    path: Path,
+    plus: Iterable[PlusStage] | None = None,
+    parallel: TensorParallel | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> CogVideo:
+    """The model of an export, in eval mode, with the attention-plus sets `plus` (None = all held).
+
+    Args:
+        path: The export.
+        plus: Stages to load.
+        parallel: This rank's tensor-parallel place.
+        dtype: Weights' dtype; None = fp32 on CPU, as stored elsewhere.
+        device: Where to put it.
+    """
+    export = open_export(path)
+    stages = export.plus if plus is None else tuple(plus)
+    missing = [stage for stage in stages if stage not in export.plus]
+    if missing:
+        raise CheckpointError(f"{path} holds no attention-plus of stage {missing[0]}, only {list(export.plus)}")
+    stored = export.tensor("final_layernorm.weight").dtype
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else stored)
+    with torch.device("meta"):
+        model = CogVideo(export.model, stages, parallel)
+    materialize(model, device, dtype).requires_grad_(False).eval()
+    load_tensors(model, export.tensor, [name for name, _ in model.named_parameters()])
+    return model
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def _file_table(folder: Path) -> dict[str, dict[str, int | str]]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        for file in files
+    }
+
+
+def _check_file(file: Path, record: Mapping[str, int | str], verify: bool) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing from the export; copy the whole folder again")
+    if file.stat().st_size != record["bytes"]:
+        raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its manifest says {record['bytes']}; copy it again")
+    if verify and sha256_file(file) != record["sha256"]:
+        raise CheckpointError(f"{file} differs from its checksum in the manifest; copy it again")
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged ({error}); copy it again") from error

@@ -1,0 +1,112 @@
+"""Cutting a model over ranks changes neither losses nor gradients nor logits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from small_model import batch, build_model, model_config
+from torch import Tensor
+
+from megacog.config.schema import Stage
+from megacog.model.layout import stage_layout
+from megacog.parallel.groups import build_process_groups
+from megacog.parallel.loss import parallel_cross_entropy
+from megacog.parallel.tensor import ShardSpec, TensorParallel
+
+CONFIG = model_config()
+STAGES: list[Stage] = ["base", "sequential", "interpolation"]
+
+
+def run_forked(worker: Callable[[TensorParallel], Any], size: int, folder: Path) -> list[Any]:
+    """Results of `worker` on `size` gloo ranks, in rank order."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def rank_main(rank: int) -> None:
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+            queue.put((rank, worker(build_process_groups(size).tensor), None))
+            dist.barrier()
+        except BaseException:
+            queue.put((rank, None, traceback.format_exc()))
+
+    processes = [context.Process(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=120) for _ in range(size)]
+    for process in processes:
+        process.join(timeout=30)
+    for rank, _, error in results:
+        assert error is None, f"rank {rank}: {error}"
+    return [value for _, value, _ in sorted(results, key=lambda result: result[0])]
+
+
+def losses_and_gradients(parallel: TensorParallel) -> dict[str, Any]:
+    """Loss and local gradients of every stage, as numpy (queues move tensors by file handles)."""
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        model = build_model(CONFIG, parallel=parallel)
+        model.trainable(stage)
+        inputs = batch(CONFIG, stage_layout(CONFIG, stage).grid.frames)
+        output = model(*inputs, stage)
+        output.loss.backward()
+        found[stage] = (output.loss.item(), {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None})
+        with torch.no_grad():
+            found[f"{stage} logits"] = model.logits(*inputs, stage).numpy()
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [2, 4])
+def test_losses_gradients_and_logits_equal_those_of_one_rank(size: int, tmp_path: Path) -> None:
+    whole = losses_and_gradients(TensorParallel())
+    shards = {name: getattr(p, "shard", None) for name, p in build_model(CONFIG).named_parameters()}
+    ranks = run_forked(losses_and_gradients, size, tmp_path)
+    for stage in STAGES:
+        loss, gradients = whole[stage]
+        for rank in ranks:
+            assert rank[stage][0] == pytest.approx(loss, rel=1e-6)
+            torch.testing.assert_close(rank[f"{stage} logits"], whole[f"{stage} logits"], rtol=1e-4, atol=1e-4)
+        for name, expected in gradients.items():
+            parts = [torch.from_numpy(rank[stage][1][name]) for rank in ranks]
+            shard = shards[name]
+            for part in [shard.gather(parts)] if shard else parts:
+                torch.testing.assert_close(part, torch.from_numpy(expected), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.distributed
+def test_cross_entropy_over_cut_logits_survives_large_values_and_empty_ranks(tmp_path: Path) -> None:
+    logits = torch.randn(6, 3) * 100
+    targets = torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    def worker(parallel: TensorParallel) -> Any:
+        shard = ShardSpec(dim=0, length=3)
+        first = shard.local_length(parallel.size) * parallel.rank
+        local = logits[:, first : first + shard.local_length(parallel.size)]
+        return parallel_cross_entropy(local, targets, first, parallel).numpy()
+
+    for result in run_forked(worker, 4, tmp_path):
+        torch.testing.assert_close(torch.from_numpy(result), expected)
+
+
+@pytest.mark.parametrize(("length", "blocks", "size"), [(12, 1, 4), (12, 3, 2), (17, 1, 4), (11, 1, 2)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_gathered_slices_are_the_whole(length: int, blocks: int, size: int, dim: int) -> None:
+    whole: Tensor = torch.randn((length, 5) if dim == 0 else (5, length))
+    shard = ShardSpec(dim, length, blocks)
+    parts = [shard.slice(whole, rank, size) for rank in range(size)]
+    assert {part.shape[dim] for part in parts} == {shard.local_length(size)}
+    assert torch.equal(shard.gather(parts), whole)
+
+
+def test_a_head_count_that_ranks_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        build_model(model_config(), parallel=TensorParallel(0, 3))
