@@ -100,7 +100,7 @@ def open_export(path: Path, verify: bool = False) -> Export:
     """
     manifest_path = path / "manifest.json"
     if not manifest_path.is_file():
-        raise CheckpointError(f"{path} is no export: it has no manifest.json; give the `export` folder of a finished run")
+        raise CheckpointError(f"{path} has no manifest.json, so it is no export; give the `export` folder of a run")
     try:
         manifest = json.loads(manifest_path.read_text())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
@@ -197,7 +197,8 @@ def _check_file(file: Path, record: Mapping[str, int | str], verify: bool) -> No
     if not file.is_file():
         raise CheckpointError(f"{file} is missing from the export; copy the whole folder again")
     if file.stat().st_size != record["bytes"]:
-        raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its manifest says {record['bytes']}; copy it again")
+        size = file.stat().st_size
+        raise CheckpointError(f"{file} has {size} bytes, its manifest says {record['bytes']}; copy it again")
     if verify and sha256_file(file) != record["sha256"]:
         raise CheckpointError(f"{file} differs from its checksum in the manifest; copy it again")
     if file.suffix == ".safetensors":

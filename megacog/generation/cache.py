@@ -15,18 +15,20 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from megacog_kernels.attention import cached_attention
-from megacog_kernels.grid import MaskSpec, VideoGrid, visible
 from torch import Tensor
 
 from megacog.config.schema import Stage
 from megacog.model.attention import Attend
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo, KeyValue
+from megacog_kernels.attention import cached_attention
+from megacog_kernels.grid import MaskSpec, VideoGrid, visible
 
 
 @lru_cache(maxsize=4096)
-def key_list(mask: MaskSpec, grid: VideoGrid, tokens: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor | None]:
+def key_list(
+    mask: MaskSpec, grid: VideoGrid, tokens: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
     """Frame tokens that any of `tokens` sees: int64 [K]; and which of them each sees: bool [R, K], None = all."""
     query_frame, query_cell = np.divmod(np.asarray(tokens)[:, None], grid.cells)
     key_frame, key_cell = np.divmod(np.arange(grid.tokens), grid.cells)

@@ -5,7 +5,7 @@ Legend: B batch, R rows (text or frames), N heads of this rank, D head dim, C wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,4 +65,5 @@ class AttentionPlus(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.position_embedding = nn.Embedding(config.plus_position_rows, config.hidden_size)
-        self.layers = nn.ModuleList(PlusLayer(config, parallel) for _ in range(config.num_layers))
+        layers = [PlusLayer(config, parallel) for _ in range(config.num_layers)]
+        self.layers: Sequence[PlusLayer] = nn.ModuleList(layers)  # type: ignore[assignment]

@@ -6,10 +6,9 @@ Recomputation is not counted: this is the model's work, what MFU is about.
 
 from __future__ import annotations
 
-from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask
-
 from megacog.config.schema import ModelConfig, Stage
 from megacog.model.layout import stage_layout
+from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask
 
 
 def visible_pairs(mask: MaskSpec, grid: VideoGrid) -> int:

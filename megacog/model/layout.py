@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
 from torch import Tensor
 
 from megacog.config.schema import ModelConfig, SpaceConfig, Stage
+from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,9 @@ def layer_space(space: SpaceConfig, layer: int) -> Space:
 
 def stage_layout(model: ModelConfig, stage: Stage) -> StageLayout:
     """The layout that a stage trains with."""
-    if stage == "base":
-        frames, loss_frames = 1, (0,)
-    else:
-        frames = model.num_frames
-        loss_frames = tuple(range(1, frames, 2 if stage == "interpolation" else 1))
+    frames = 1 if stage == "base" else model.num_frames
+    first, step = (0 if stage == "base" else 1), (2 if stage == "interpolation" else 1)
+    loss_frames = tuple(range(first, frames, step))
     order = Order.interpolation(frames) if stage == "interpolation" else Order.sequential(frames)
     return StageLayout(stage, VideoGrid(frames, *model.grid), order, model.text_length, loss_frames)
 

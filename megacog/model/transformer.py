@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megacog_kernels.attention import text_attention, video_attention
-from megacog_kernels.grid import MaskSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +28,8 @@ from megacog.model.layout import StageLayout, stage_layout, text_position_ids
 from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import TensorParallel
+from megacog_kernels.attention import text_attention, video_attention
+from megacog_kernels.grid import MaskSpec
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values [B, R, N, D]."""
@@ -146,13 +146,15 @@ class CogVideo(nn.Module):
         if config.boi_id is None:
             raise ValueError("model.boi_id is not set; take it from the text tokenizer")
         self.config = config
+        self.boi_id = config.boi_id
         self.parallel = parallel or TensorParallel()
         self.activation_checkpointing = activation_checkpointing
         self.code_embedding = VocabParallelEmbedding(config.image_vocab_size, config.hidden_size, self.parallel)
         self.text_embedding = VocabParallelEmbedding(config.text_vocab_size, config.hidden_size, self.parallel)
         self.position_embedding = nn.Embedding(config.base_position_rows, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        self.layers = nn.ModuleList(Layer(config, self.parallel) for _ in range(config.num_layers))
+        layers = [Layer(config, self.parallel) for _ in range(config.num_layers)]
+        self.layers: Sequence[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_eps)
         self.plus = nn.ModuleDict({stage: AttentionPlus(config, self.parallel) for stage in plus})
 
@@ -182,7 +184,7 @@ class CogVideo(nn.Module):
         return self.embedding_dropout(self.text_embedding(text_BL) + positions_BLC)
 
     def embed_frame(self, inputs_BRC: Tensor, frame: int, cells: slice, plus: AttentionPlus | None) -> Tensor:
-        """Adds the positions of `cells` of one frame; frame 0 stands in the base table, later ones in the plus table."""
+        """Adds the positions of `cells` of one frame; later frames than 0 stand in the plus table."""
         start, stop, _ = cells.indices(self.config.cells)
         if frame == 0:
             table, offset = self.position_embedding, self.config.text_positions
@@ -194,7 +196,7 @@ class CogVideo(nn.Module):
 
     def embed_boi(self, batch: int) -> Tensor:
         """Embedding of the start-of-image token: [B, 1, C]."""
-        return self.text_embedding(torch.full((batch, 1), self.config.boi_id, device=self.device))
+        return self.text_embedding(torch.full((batch, 1), self.boi_id, device=self.device))
 
     def _embed_frames(self, codes_BTP: Tensor, plus: AttentionPlus | None) -> Tensor:
         B, T, P = codes_BTP.shape

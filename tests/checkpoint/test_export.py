@@ -71,5 +71,5 @@ def test_damage_is_named(exported: tuple[Path, CogVideo]) -> None:
     (path / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="is damaged"):
         open_export(path)
-    with pytest.raises(CheckpointError, match="is no export"):
+    with pytest.raises(CheckpointError, match="no export"):
         open_export(path / "nothing")

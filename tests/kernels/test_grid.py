@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, dense_mask, visible_keys
 
 GRID = VideoGrid(5, 20, 20)
@@ -84,7 +85,8 @@ def masks(draw: st.DrawFn) -> tuple[MaskSpec, VideoGrid]:
     frames = draw(st.integers(1, 6))
     level = tuple(draw(st.integers(0, 3)) for _ in range(frames))
     is_open = tuple(draw(st.booleans()) for _ in range(frames))
-    return MaskSpec(Order(level, is_open), draw(spaces)), VideoGrid(frames, draw(st.integers(1, 4)), draw(st.integers(1, 5)))
+    grid = VideoGrid(frames, draw(st.integers(1, 4)), draw(st.integers(1, 5)))
+    return MaskSpec(Order(level, is_open), draw(spaces)), grid
 
 
 def scalar_rule(mask: MaskSpec, grid: VideoGrid, f: int, p: int, g: int, q: int) -> bool:

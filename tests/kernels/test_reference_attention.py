@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from megacog_kernels.attention import text_attention, video_attention
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, dense_mask
-from torch import Tensor
 
 GRID = VideoGrid(3, 3, 2)
 SPACES = [Space(), Space("frame"), Space("local3d", (3, 1)), Space("shifted_window", (2, 2), shift=(1, 1))]
@@ -23,7 +24,9 @@ def inputs(valid_counts: list[int], length: int = 4) -> tuple[list[Tensor], Tens
     return tensors, valid
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, valid: Tensor, mask: MaskSpec) -> Tensor:
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, valid: Tensor, mask: MaskSpec
+) -> Tensor:
     allowed = torch.from_numpy(dense_mask(mask, GRID).copy())
     out = torch.zeros_like(q)
     for b in range(q.shape[0]):

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_model import batch, build_model, model_config
 
 from megacog.config.schema import Stage
 from megacog.generation.cache import Decoder
 from megacog.model.layout import stage_layout
-from small_model import batch, build_model, model_config
 
 SPACES: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_model import BOTH, batch, build_model, model_config
 from torch import Tensor
 
 from megacog.config.schema import Stage
@@ -11,7 +12,6 @@ from megacog.model.flops import tokens_per_sample, training_flops
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
-from small_model import BOTH, batch, build_model, model_config
 
 CONFIG = model_config()
 STAGES: list[Stage] = ["base", "sequential", "interpolation"]

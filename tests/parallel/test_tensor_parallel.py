@@ -57,7 +57,8 @@ def losses_and_gradients(parallel: TensorParallel) -> dict[str, Any]:
         inputs = batch(CONFIG, stage_layout(CONFIG, stage).grid.frames)
         output = model(*inputs, stage)
         output.loss.backward()
-        found[stage] = (output.loss.item(), {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None})
+        gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+        found[stage] = (output.loss.item(), gradients)
         with torch.no_grad():
             found[f"{stage} logits"] = model.logits(*inputs, stage).numpy()
     return found
