@@ -96,9 +96,7 @@ def open_file(path: Path) -> Iterator[h5py.File]:
             HDF5 finds wrong while the block runs.
     """
     if not path.is_file():
-        raise DataError(
-            f"{path}: there is no such shard. Correct the path, or make it with launch/prepare.py."
-        )
+        raise DataError(f"{path}: there is no such shard. Correct the path, or make it with launch/prepare.py.")
     try:
         with open(path, "rb") as probe:
             head = probe.read(8)
@@ -116,9 +114,7 @@ def open_file(path: Path) -> Iterator[h5py.File]:
         raise DataError(f"{path} is truncated or damaged ({_first_line(error)}). {AGAIN}") from None
 
 
-def find_dataset(
-    file: h5py.File, path: Path, name: str, dtype: str, shape: tuple[int | None, ...]
-) -> h5py.Dataset:
+def find_dataset(file: h5py.File, path: Path, name: str, dtype: str, shape: tuple[int | None, ...]) -> h5py.Dataset:
     """Returns a dataset after checking that it lies in this file, contiguous, with this type and shape.
 
     Args:
@@ -135,9 +131,7 @@ def find_dataset(
         if link is None:
             raise DataError(f"{path} holds no /{part}; it is no complete shard. {AGAIN}")
         if not isinstance(link, h5py.HardLink):
-            raise DataError(
-                f"{path}: /{part} is a link to elsewhere; shards must hold their own data. {AGAIN}"
-            )
+            raise DataError(f"{path}: /{part} is a link to elsewhere; shards must hold their own data. {AGAIN}")
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset):
         raise DataError(f"{path}: /{name} is no dataset. {AGAIN}")
@@ -165,9 +159,7 @@ def file_offset(dataset: h5py.Dataset) -> int:
     return 0 if offset is None else int(offset)
 
 
-def read_array(
-    file: h5py.File, path: Path, name: str, dtype: str, shape: tuple[int | None, ...]
-) -> NDArray[Any]:
+def read_array(file: h5py.File, path: Path, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
     """Returns a whole small dataset after checking its crc32."""
     dataset = find_dataset(file, path, name, dtype, shape)
     values = np.empty(dataset.shape, dtype=dtype)
@@ -190,9 +182,7 @@ def read_integers(file: h5py.File, path: Path, name: str, count: int) -> tuple[i
     """Returns an attribute of `count` integers."""
     value = np.asarray(file.attrs.get(name, ""))
     if value.size != count or value.dtype.kind not in "iu":
-        raise DataError(
-            f"{path} has no attribute {name!r} with {count} integer(s); it is no complete shard. {AGAIN}"
-        )
+        raise DataError(f"{path} has no attribute {name!r} with {count} integer(s); it is no complete shard. {AGAIN}")
     return tuple(int(number) for number in value.reshape(-1))
 
 

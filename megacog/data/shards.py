@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ from megacog.runtime.files import atomic_file
 __all__ = ["Shard", "ShardMeta", "ShardWriter", "expand_shards", "shard_path"]
 
 _BLOCK_BYTES = 8 << 20
+_UINT32 = struct.Struct("<I")
 
 
 class ShardWriter:
@@ -120,18 +122,11 @@ class ShardWriter:
         token_ids: Sequence[int] | None,
     ) -> None:
         if not clip_id or clip_id in self._ids:
-            raise DataError(
-                f"{where}: the id is {'used twice' if clip_id else 'empty'}. Give every clip its own id."
-            )
+            raise DataError(f"{where}: the id is {'used twice' if clip_id else 'empty'}. Give every clip its own id.")
         _utf8(where, clip_id)
         if not caption.strip():
             raise DataError(f"{where} has an empty caption. Write one, or leave the clip out.")
-        if (
-            codes.ndim != 3
-            or len(codes) < 1
-            or codes.shape[1:] != self.meta.grid
-            or codes.dtype.kind not in "iu"
-        ):
+        if codes.ndim != 3 or len(codes) < 1 or codes.shape[1:] != self.meta.grid or codes.dtype.kind not in "iu":
             raise DataError(
                 f"{where}: codes are {codes.dtype} {list(codes.shape)}, the shard holds integers "
                 f"[n >= 1, {self.meta.grid[0]}, {self.meta.grid[1]}]."
@@ -139,7 +134,7 @@ class ShardWriter:
         if int(codes.min()) < 0 or int(codes.max()) >= self.meta.codebook_size:
             raise DataError(
                 f"{where}: codes span {codes.min()}..{codes.max()}, the codebook "
-                f"0..{self.meta.codebook_size - 1}. The shard's codebook_size must be that of the codes' tokenizer."
+                f"0..{self.meta.codebook_size - 1}. Is codebook_size that of the codes' tokenizer?"
             )
         if not (math.isfinite(fps) and fps > 0):
             raise DataError(f"{where}: fps {fps} must be a positive number.")
@@ -174,9 +169,7 @@ class ShardWriter:
             hdf5.write_array(file, "clips/first_frame", np.cumsum(num_frames, dtype="<i8") - num_frames)
             hdf5.write_array(file, "clips/num_frames", num_frames)
             hdf5.write_array(file, "clips/fps", np.asarray(self._fps, dtype="<f4"))
-            hdf5.write_text(
-                file, "clips/ids", "clips/id_offsets", [clip_id.encode() for clip_id in self._ids]
-            )
+            hdf5.write_text(file, "clips/ids", "clips/id_offsets", [clip_id.encode() for clip_id in self._ids])
             hdf5.write_text(file, "clips/captions", "clips/caption_offsets", self._captions)
             if self._text_tokenizer is not None:
                 flat = np.concatenate([np.empty(0, np.int64), *self._token_ids])
@@ -226,23 +219,19 @@ class Shard:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._descriptor: tuple[int, int] | None = None  # process id, file descriptor
-        self._frames_crc32: NDArray[np.uint32] | None = None
         with hdf5.open_file(self.path) as file:
             self.meta = self._read_meta(file)
-            frames = hdf5.find_dataset(
-                file, self.path, "frames", self.meta.dtype.str, (None, *self.meta.grid)
-            )
+            frames = hdf5.find_dataset(file, self.path, "frames", self.meta.dtype.str, (None, *self.meta.grid))
             self._total_frames = len(frames)
             self._frames_offset = hdf5.file_offset(frames)
-            hdf5.find_dataset(file, self.path, "frames_crc32", "<u4", (self._total_frames,))
+            checksums = hdf5.find_dataset(file, self.path, "frames_crc32", "<u4", (self._total_frames,))
+            self._checksums_offset = hdf5.file_offset(checksums)
             self._read_clips(file)
 
     def _read_meta(self, file: h5py.File) -> ShardMeta:
         found = file.attrs.get("format")
         if not isinstance(found, np.bytes_) or bytes(found) != FORMAT.encode():
-            raise DataError(
-                f"{self.path} is HDF5 but no {FORMAT} shard. Only files of launch/prepare.py can be used."
-            )
+            raise DataError(f"{self.path} is HDF5 but no {FORMAT} shard. Only files of launch/prepare.py can be used.")
         (version,) = hdf5.read_integers(file, self.path, "version", 1)
         if version != VERSION:
             raise DataError(
@@ -274,9 +263,7 @@ class Shard:
             and self.fps.min() > 0
         ):
             raise DataError(f"{self.path}: clips lie outside the frames or have impossible rates. {AGAIN}")
-        self.clip_ids = TextColumn(
-            *self._ragged(column, "ids", "id_offsets", "|u1"), f"{self.path}: /clips/ids"
-        )
+        self.clip_ids = TextColumn(*self._ragged(column, "ids", "id_offsets", "|u1"), f"{self.path}: /clips/ids")
         self.captions = TextColumn(
             *self._ragged(column, "captions", "caption_offsets", "|u1"), f"{self.path}: /clips/captions"
         )
@@ -311,16 +298,17 @@ class Shard:
         length = int(self.num_frames[clip])
         wanted = range(*indices.indices(length)) if isinstance(indices, slice) else indices
         size, first = self.meta.frame_bytes, int(self._first_frame[clip])
-        checksums = self._checksums()
         buffer = bytearray(len(wanted) * size)
         view, descriptor = memoryview(buffer), self._open()
+        checksums = os.pread(descriptor, 4 * length, self._checksums_offset + 4 * first)
+        if len(checksums) != 4 * length:
+            self._raise_damaged(clip, 0, "truncated")
         for slot, index in enumerate(wanted):
             if not 0 <= index < length:
                 raise IndexError(f"{self.path}: clip {clip} has {length} frames, not frame {index}")
-            frame = first + int(index)
             part = view[slot * size : (slot + 1) * size]
-            count = os.preadv(descriptor, [part], self._frames_offset + frame * size)
-            if count != size or zlib.crc32(part) != checksums[frame]:
+            count = os.preadv(descriptor, [part], self._frames_offset + (first + int(index)) * size)
+            if count != size or zlib.crc32(part) != _UINT32.unpack_from(checksums, 4 * int(index))[0]:
                 self._raise_damaged(clip, int(index), "truncated" if count != size else "damaged (checksum)")
         codes = np.frombuffer(buffer, dtype=self.meta.dtype).reshape(-1, *self.meta.grid)
         if codes.size and int(codes.max()) >= self.meta.codebook_size:
@@ -340,8 +328,8 @@ class Shard:
         """
         Shard(self.path)  # the small arrays as they are on disk now
         list(self.clip_ids), list(self.captions)
-        self._frames_crc32 = None
-        checksums = self._checksums()
+        with hdf5.open_file(self.path) as file:
+            checksums = hdf5.read_array(file, self.path, "frames_crc32", "<u4", (self._total_frames,))
         size, bad = self.meta.frame_bytes, []
         step = max(1, _BLOCK_BYTES // size)
         for first in range(0, self._total_frames, step):
@@ -351,10 +339,7 @@ class Shard:
             codes = np.frombuffer(raw[: whole * size], dtype=self.meta.dtype).reshape(whole, -1)
             highest = codes.max(axis=1, initial=0)
             for slot in range(count):
-                intact = (
-                    slot < whole
-                    and zlib.crc32(raw[slot * size : (slot + 1) * size]) == checksums[first + slot]
-                )
+                intact = slot < whole and zlib.crc32(raw[slot * size : (slot + 1) * size]) == checksums[first + slot]
                 if not intact or highest[slot] >= self.meta.codebook_size:
                     bad.append(first + slot)
         if bad:
@@ -364,14 +349,6 @@ class Shard:
 
     def _raise_damaged(self, clip: int, index: int, what: str) -> None:
         raise DataError(f"{self.path}: frame {index} of clip {self.clip_ids[clip]!r} is {what}. {AGAIN}")
-
-    def _checksums(self) -> NDArray[np.uint32]:
-        if self._frames_crc32 is None:
-            with hdf5.open_file(self.path) as file:
-                self._frames_crc32 = hdf5.read_array(
-                    file, self.path, "frames_crc32", "<u4", (self._total_frames,)
-                )
-        return self._frames_crc32
 
     def _open(self) -> int:
         process = os.getpid()
@@ -406,6 +383,4 @@ def _utf8(where: str, text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
-        raise DataError(
-            f"{where}: the text is not valid Unicode. Correct it or leave the clip out."
-        ) from None
+        raise DataError(f"{where}: the text is not valid Unicode. Correct it or leave the clip out.") from None

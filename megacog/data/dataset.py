@@ -1,0 +1,194 @@
+"""From a position of the sample stream to codes and text.
+
+Everything random about a sample (rate, window, dropped caption, corrupted context) is a function of
+(seed, phase, source, epoch, clip).
+
+Dimensions: B batch, T frames, P cells of a frame.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacog.config.schema import Config, SourceConfig
+from megacog.data.batch import BatchArrays
+from megacog.data.draws import draw, unit
+from megacog.data.rates import RateRule, Window
+from megacog.data.sampler import Mixture, Sample
+from megacog.data.shards import Shard, expand_shards
+from megacog.errors import DataError
+from megacog.model.layout import stage_layout
+from megacog.tokenizers.text import TextTokenizer
+
+# Evaluation sees the same samples in every run, whatever its seed.
+EVALUATION_SEED = 20220529
+_CACHED_CAPTIONS = 1 << 16
+
+
+class Source:
+    """The clips of one entry of `data.train` or `data.eval`, numbered through all its shards.
+
+    Attributes:
+        name: where the config names it, and its path; for messages.
+        weight: share in the mixture.
+        shards: in name order.
+        lengths: stored frames of each clip, int64 [V].
+        fps: stored rate of each clip, float64 [V].
+    """
+
+    def __init__(self, config: SourceConfig, name: str) -> None:
+        self.name = f"{name} ({config.path})"
+        self.weight = config.weight
+        self.shards = [Shard(path) for path in expand_shards(config.path)]
+        self._starts = np.cumsum([0, *(shard.num_clips for shard in self.shards)]).tolist()
+        self.lengths = np.concatenate([shard.num_frames for shard in self.shards])
+        self.fps = np.concatenate([shard.fps for shard in self.shards]).astype(np.float64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def locate(self, clip: int) -> tuple[Shard, int]:
+        """Returns the shard of a clip and the clip's number in it."""
+        shard = bisect_right(self._starts, clip) - 1
+        return self.shards[shard], clip - self._starts[shard]
+
+    def usable(self, rule: RateRule, min_fps: float) -> NDArray[np.int64]:
+        """Returns the clips that hold the stage's frames at some rate, int64, ascending."""
+        kinds, kind_of_clip = np.unique(np.stack([self.lengths, self.fps]), axis=1, return_inverse=True)
+        feasible = [bool(rule.feasible(int(length), float(fps), min_fps)) for length, fps in kinds.T]
+        return np.flatnonzero(np.array(feasible, dtype=bool)[kind_of_clip.reshape(-1)])
+
+
+def open_sources(configs: Sequence[SourceConfig], name: str) -> list[Source]:
+    """Returns the sources of `data.train` or `data.eval`.
+
+    Raises:
+        DataError: there is none, or a shard is missing or damaged.
+    """
+    if not configs:
+        raise DataError(f"{name} names no shards. Add an entry such as `- path: data/clips-*.h5`.")
+    return [Source(config, f"{name}[{index}]") for index, config in enumerate(configs)]
+
+
+class Texts:
+    """Token ids of rate texts and captions, each made once."""
+
+    def __init__(self, text: TextTokenizer, num_frames: int) -> None:
+        self._text, self._num_frames = text, num_frames
+        self.rate = lru_cache(_CACHED_CAPTIONS)(self._rate)
+        self._caption = lru_cache(_CACHED_CAPTIONS)(lambda caption: tuple(text.encode(caption, None)))
+        self.null = tuple(text.encode_null(None))
+
+    def _rate(self, span_seconds: float | None) -> tuple[int, ...]:
+        """Returns the ids in front of the caption: rate text and separator, nothing for a single frame."""
+        if span_seconds is None:
+            return ()
+        ids = self._text.encode_null(span_seconds, self._num_frames)
+        return tuple(ids[: len(ids) - len(self.null)])
+
+    def caption(self, shard: Shard, clip: int) -> tuple[int, ...]:
+        """Returns the ids of a clip's caption: the stored ones if this tokenizer made them."""
+        if shard.text_tokenizer == self._text.fingerprint:
+            return tuple(shard.token_ids(clip).tolist())
+        try:
+            return self._caption(shard.captions[clip])
+        except DataError as error:
+            raise DataError(f"{shard.path}: clip {shard.clip_ids[clip]!r}: {error}") from None
+
+
+class StageDataset:
+    """The stream of samples of one stage.
+
+    Args:
+        config: of the run.
+        sources: opened `data.train` or `data.eval`.
+        text: text tokenizer.
+        training: false gives evaluation: own seed, no dropout, no corruption, the final rates.
+
+    Raises:
+        DataError: a source has no clip that the stage can use.
+    """
+
+    def __init__(self, config: Config, sources: Sequence[Source], text: TextTokenizer, *, training: bool) -> None:
+        train, data = config.train, config.data
+        self.sources = sources
+        self.layout = stage_layout(config.model, train.stage)
+        self.rule = RateRule(train.stage, self.layout.grid.frames, data.rates, data.base_frame)
+        self.codebook_size = config.model.image_vocab_size
+        self.texts = Texts(text, self.layout.grid.frames)
+        self._seed = train.seed if training else EVALUATION_SEED
+        self._dropout = data.caption_dropout if training else 0.0
+        self._corruption = train.context_corruption if training and self.layout.given_frames else 0.0
+        starts = [step for step in self.rule.phase_starts if step < train.steps]
+        self.phase_starts = starts if training else [0]
+        self.min_fps = [self.rule.min_fps(step) for step in (starts if training else starts[-1:])]
+        self._usable = [[self._require_usable(source, min_fps) for source in sources] for min_fps in self.min_fps]
+        weights = [source.weight for source in sources]
+        self._mixtures = [
+            Mixture([len(clips) for clips in usable], weights, self._seed, phase)
+            for phase, usable in enumerate(self._usable)
+        ]
+
+    def _require_usable(self, source: Source, min_fps: float) -> NDArray[np.int64]:
+        clips = source.usable(self.rule, min_fps)
+        if not len(clips):
+            rates = self.rule.config.interpolation if self.rule.stage == "interpolation" else self.rule.config.series
+            longest = f", the longest has {source.lengths.max()} frames" if len(source) else ""
+            raise DataError(
+                f"{source.name} has no clip that stage {self.rule.stage!r} can use: {len(source)} clips{longest}; "
+                f"needed are {self.layout.grid.frames} frames at one of {list(rates)} fps, at least {min_fps:g} fps. "
+                "Prepare longer clips, change data.rates, or remove the source."
+            )
+        return clips
+
+    def phase_at(self, step: int) -> int:
+        """Returns the rate phase of an optimizer step."""
+        return bisect_right(self.phase_starts, step) - 1
+
+    def batch(self, phase: int, positions: Sequence[int]) -> BatchArrays:
+        """Returns the samples at positions of a phase's stream.
+
+        Raises:
+            DataError: a frame is damaged; the message names shard, clip and frame.
+        """
+        samples = [self._sample(phase, sample) for sample in self._mixtures[phase].at(positions)]
+        texts, frames, contexts, fps, ids = zip(*samples, strict=True)
+        context_BTP = np.stack(contexts) if self._corruption else None
+        return BatchArrays(list(texts), np.stack(frames), context_BTP, list(fps), list(ids))
+
+    def _sample(self, phase: int, sample: Sample) -> tuple[list[int], NDArray[Any], NDArray[Any], float, str]:
+        """Returns (text ids, codes [T, P], corrupted codes [T, P], fps, id)."""
+        source = self.sources[sample.source]
+        clip = int(self._usable[phase][sample.source][sample.index])
+        length = int(source.lengths[clip])
+        numbers = draw(self._seed, "sample", phase, sample.source, sample.epoch, clip)
+        rates = self.rule.feasible(length, float(source.fps[clip]), self.min_fps[phase])
+        window = self.rule.window(length, rates, numbers[:3])
+        shard, local = source.locate(clip)
+        codes_TP = shard.read(local, window.indices).reshape(window.frames, -1)
+        dropped = unit(numbers[3]) < self._dropout
+        caption = self.texts.null if dropped else self.texts.caption(shard, local)
+        text = [*self.texts.rate(window.span_seconds), *caption]
+        context_TP = self._corrupt(codes_TP, numbers[4:6]) if self._corruption else codes_TP
+        return text, codes_TP, context_TP, window.fps, _sample_id(shard.clip_ids[local], window)
+
+    def _corrupt(self, codes_TP: NDArray[Any], numbers: Sequence[int]) -> NDArray[Any]:
+        """Returns a copy in which a share of the given frames' codes is drawn anew from the codebook."""
+        generator = np.random.Generator(np.random.Philox(key=list(numbers)))
+        context_TP = codes_TP.copy()
+        given = list(self.layout.given_frames)
+        shape = (len(given), codes_TP.shape[1])
+        fresh = generator.integers(0, self.codebook_size, shape).astype(codes_TP.dtype)
+        context_TP[given] = np.where(generator.random(shape) < self._corruption, fresh, codes_TP[given])
+        return context_TP
+
+
+def _sample_id(clip_id: str, window: Window) -> str:
+    indices = window.indices
+    return f"{clip_id}[{indices.start}:{indices.stop}:{indices.step}]"
