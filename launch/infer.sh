@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Turn a prompt file into clips:
 #   bash launch/infer.sh prompts.txt [--model EXPORT] [--out DIR] [key=value ...]
-# Uses the active environment if it has megacog, else the repository's .venv.
+# Uses the active environment if megacog is installed there, else the repository's .venv.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-has_megacog() { "$1" -c 'import megacog, megacog_kernels, torch' >/dev/null 2>&1; }
+has_megacog() {
+  "$1" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("megacog", "megacog_kernels", "torch"))))' \
+    >/dev/null 2>&1
+}
 
 for python in "${VIRTUAL_ENV:-}/bin/python" "${CONDA_PREFIX:-}/bin/python" "$root/.venv/bin/python" python3 python; do
   if command -v "$python" >/dev/null 2>&1 && has_megacog "$python"; then

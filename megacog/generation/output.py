@@ -56,7 +56,8 @@ class Mp4Stream:
         height, width = frames_THWC.shape[1:3]
         padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
         frames_THWC = np.pad(frames_THWC, padding, mode="edge")
-        self._stream.height, self._stream.width = frames_THWC.shape[1:3]
+        if not self._stream.codec_context.is_open:
+            self._stream.height, self._stream.width = frames_THWC.shape[1:3]
         for frame_HWC in frames_THWC:
             frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
             self._container.mux(self._stream.encode(frame))
