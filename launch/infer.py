@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from megacog.generation.infer import main
-from megacog.runtime.cli import run
-
 if __name__ == "__main__":
+    # Imported here: the processes that decode image and video prompts import this file again, without torch.
+    from megacog.generation.infer import main
+    from megacog.runtime.cli import run
+
     run(main)
