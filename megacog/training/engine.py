@@ -10,7 +10,11 @@ The only file that imports deepspeed. What DeepSpeed needs to be right is kept h
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -116,6 +120,9 @@ def _merge(generated: dict[str, Any], extra: dict[str, Any], where: str) -> dict
 
 def _import_deepspeed() -> Any:
     """The package, quiet (its logger is called DeepSpeed) and without its op that needs a compiler."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -153,13 +160,14 @@ class DeepSpeedEngine:
         self._has_states = False
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._deepspeed.init_distributed(verbose=False)
-        self._engine, *_ = self._deepspeed.initialize(
-            model=_TensorOutputs(model),
-            optimizer=build_optimizer(model.named_parameters(), config.train),
-            config=deepspeed_config(config, accumulation),
-            mpu=groups.mpu,
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory tables
+            self._engine, *_ = self._deepspeed.initialize(
+                model=_TensorOutputs(model),
+                optimizer=build_optimizer(model.named_parameters(), config.train),
+                config=deepspeed_config(config, accumulation),
+                mpu=groups.mpu,
+                dist_init_required=False,
+            )
         self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
 
     def forward(self, **inputs: Any) -> LossOutput:

@@ -33,7 +33,6 @@ class PlainEngine:
     """
 
     def __init__(self, config: Config, model: CogVideo, groups: ProcessGroups, accumulation: int) -> None:
-        masters = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
         self.model = model.to(_DTYPES[config.train.precision])
         self.grad_norm = 0.0
         self._groups = groups
@@ -42,10 +41,10 @@ class PlainEngine:
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # In fp32 the weights are their own masters. In bf16 the masters start from the rounded weights,
         # as DeepSpeed's do: what is trained is what the model computes with.
-        self._masters: dict[str, nn.Parameter] = {}
-        for name, weight in self._weights.items():
-            shared = weight.dtype == torch.float32
-            self._masters[name] = weight if shared else nn.Parameter(masters[name].copy_(weight))
+        self._masters = {
+            name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
+            for name, weight in self._weights.items()
+        }
         self._gradients = {name: torch.zeros_like(master) for name, master in self._masters.items()}
         self._optimizer = build_optimizer(self._masters.items(), config.train)
 

@@ -1,0 +1,130 @@
+"""Records of parameters in safetensors files, written in shares by all ranks.
+
+A record is what one parameter needs: fields (`weight`, `master`, `exp_avg`, ...) of whole tensors,
+stored under `<field>/<parameter>`. No format depends on how many ranks wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megacog.errors import CheckpointError
+
+Record = dict[str, Tensor]
+"""Whole tensors by field name."""
+
+_FILE_BYTES = 2 * 2**30
+
+
+def assign_owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Which rank writes which parameter, so that all write about as much: a pure function of the sizes."""
+    load = [0] * ranks
+    owners = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = min(range(ranks), key=lambda rank: (load[rank], rank))
+        owners[name] = rank
+        load[rank] += sizes[name]
+    return owners
+
+
+class RecordWriter:
+    """Writes this rank's share of records into files of limited size.
+
+    An error while writing is kept and raised by `finish`: the other ranks are in collectives that
+    this rank must go on taking part in.
+
+    Args:
+        folder: Where the files go.
+        prefix: Start of every file name.
+        rank: This rank.
+    """
+
+    def __init__(self, folder: Path, prefix: str, rank: int, file_bytes: int = _FILE_BYTES) -> None:
+        self._stem = f"{prefix}-{rank:05d}"
+        self._folder = folder
+        self._limit = file_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._error: Exception | None = None
+        self.files: dict[str, list[str]] = {}
+        """File name -> parameters in it."""
+
+    def add(self, name: str, record: Record) -> None:
+        """Queue one record; the tensors are copied to the CPU."""
+        if self._error is not None:
+            return
+        for field, tensor in record.items():
+            copy = tensor.detach().to("cpu", copy=True).contiguous()
+            self._pending[f"{field}/{name}"] = copy
+            self._bytes += copy.nbytes
+        if self._bytes >= self._limit:
+            self._flush()
+
+    def finish(self) -> dict[str, list[str]]:
+        """Write what is queued; the parameters by file name.
+
+        Raises:
+            OSError: A file could not be written (now or earlier).
+        """
+        if self._pending and self._error is None:
+            self._flush()
+        if self._error is not None:
+            raise self._error
+        return self.files
+
+    def _flush(self) -> None:
+        name = f"{self._stem}-{len(self.files):02d}.safetensors"
+        try:
+            save_file(self._pending, self._folder / name)
+            self.files[name] = sorted({key.partition("/")[2] for key in self._pending})
+        except SafetensorError as error:  # carries the operating system's error as text
+            self._error = OSError(f"{self._folder / name}: {error}")
+        except OSError as error:
+            self._error = error
+        self._pending, self._bytes = {}, 0
+
+
+class RecordReader:
+    """Reads records of a folder, one at a time.
+
+    Args:
+        folder: Holds the files.
+        placement: Parameter -> file name.
+    """
+
+    def __init__(self, folder: Path, placement: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.placement = placement
+
+    def read(self, name: str) -> Record:
+        """The record of one parameter.
+
+        Raises:
+            CheckpointError: The parameter or its file is missing or damaged.
+        """
+        if name not in self.placement:
+            raise CheckpointError(f"{self.folder} holds no parameter {name}")
+        path = self.folder / self.placement[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = [key for key in file.keys() if key.partition("/")[2] == name]
+                return {key.partition("/")[0]: file.get_tensor(key) for key in keys}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error})") from error
+
+
+def write_share(
+    writer: RecordWriter, names: Sequence[str], owners: Mapping[str, int], rank: int, record: Callable[[str], Record]
+) -> None:
+    """Build all records (collectively, in the order of `names`) and queue those that this rank owns."""
+    for name in names:
+        with torch.no_grad():
+            built = record(name)
+        if owners[name] == rank:
+            writer.add(name, built)

@@ -1,0 +1,114 @@
+"""Checkpoints of a run: `<run>/checkpoints/step-0001000/`, and what never changes in `<run>/frozen/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from megacog.checkpoint.commit import commit_folder, on_all_ranks, on_rank_0, rank_and_size
+from megacog.checkpoint.discovery import checkpoint_path, mark_latest, remove_old
+from megacog.checkpoint.manifest import (
+    FILE_NAME,
+    FileEntry,
+    Manifest,
+    check_contents,
+    check_sizes,
+    read_manifest,
+)
+from megacog.checkpoint.records import Record, RecordReader, RecordWriter, assign_owners, write_share
+from megacog.checkpoint.rng import capture_rng
+from megacog.errors import CheckpointError
+from megacog.runtime.files import require_space, sha256_file
+
+FROZEN = "frozen"
+
+
+def save_checkpoint(
+    run_dir: Path,
+    header: Manifest,
+    sizes: Mapping[str, int],
+    record: Callable[[str], Record],
+    keep_last: int,
+    bytes_per_element: int = 16,
+) -> Path:
+    """Write a checkpoint with all ranks, then drop old ones. Collective.
+
+    Args:
+        run_dir: The run.
+        header: The manifest but for files and parameters.
+        sizes: Elements of every trained parameter.
+        record: The whole record of one parameter; called on every rank in the order of `sizes`.
+        keep_last: Checkpoints to keep.
+        bytes_per_element: For the check of disk space before anything is written.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        CheckpointError: Some rank could not write; older checkpoints are untouched.
+    """
+    path = checkpoint_path(run_dir, header.step)
+    on_rank_0(lambda: require_space(run_dir, bytes_per_element * sum(sizes.values())))
+
+    def write(folder: Path) -> dict[str, list[str]]:
+        rank, _ = rank_and_size()
+        generators = RecordWriter(folder, "rng", rank)
+        generators.add(rng_name(rank), capture_rng())
+        return _write_records(folder, "records", sizes, record) | generators.finish()
+
+    def manifest(files: dict[str, FileEntry], placement: dict[str, str]) -> str:
+        return replace(header, files=files, parameters=placement).to_json()
+
+    commit_folder(path, write, manifest)
+    on_rank_0(lambda: mark_latest(path))
+    if rank_and_size()[0] == 0:
+        remove_old(run_dir, keep_last)
+    return path
+
+
+def save_frozen(run_dir: Path, header: Manifest, sizes: Mapping[str, int], record: Callable[[str], Record]) -> str:
+    """Write the weights that training does not change, once per run; the sha256 of their manifest. Collective."""
+    path = run_dir / FROZEN
+
+    def manifest(files: dict[str, FileEntry], placement: dict[str, str]) -> str:
+        return replace(header, files=files, parameters=placement).to_json()
+
+    commit_folder(path, lambda folder: _write_records(folder, FROZEN, sizes, record), manifest)
+    return on_rank_0(lambda: sha256_file(path / FILE_NAME))
+
+
+def open_frozen(run_dir: Path, expected: str) -> RecordReader:
+    """The frozen weights that a checkpoint refers to, verified. Collective.
+
+    Raises:
+        CheckpointError: Missing, damaged, or not the ones that `expected` (a sha256) names.
+    """
+    path = run_dir / FROZEN
+
+    def read() -> Manifest:
+        manifest = read_manifest(path)
+        if sha256_file(path / FILE_NAME) != expected:
+            raise CheckpointError(f"{path} is not the frozen folder that the checkpoint was written with")
+        check_sizes(path, manifest.files)
+        return manifest
+
+    manifest = on_rank_0(read)
+    rank, size = rank_and_size()
+    share = dict(sorted(manifest.files.items())[rank::size])
+    on_all_ranks(lambda: check_contents(path, share))
+    return RecordReader(path, manifest.parameters)
+
+
+def rng_name(rank: int) -> str:
+    """Under which name a rank's generator states are recorded."""
+    return f"rng/{rank:05d}"
+
+
+def _write_records(
+    folder: Path, prefix: str, sizes: Mapping[str, int], record: Callable[[str], Record]
+) -> dict[str, list[str]]:
+    rank, size = rank_and_size()
+    writer = RecordWriter(folder, prefix, rank)
+    write_share(writer, list(sizes), assign_owners(sizes, size), rank, record)
+    return writer.finish()

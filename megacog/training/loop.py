@@ -1,0 +1,199 @@
+"""The training loop.
+
+Tensor suffixes: Q predicted frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacog.config.schema import Config
+from megacog.data.batch import Batch
+from megacog.metrics.record import Recorder
+from megacog.metrics.throughput import StepSpeed, Throughput
+from megacog.model.layout import stage_layout
+from megacog.model.transformer import LossOutput
+from megacog.runtime.hardware import memory_gib
+from megacog.runtime.log import get_logger
+from megacog.runtime.signals import StopFlag
+from megacog.training.engine import Engine
+from megacog.training.guard import Guard
+from megacog.training.schedule import learning_rate
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, averaged over ranks and micro batches."""
+
+    step: int
+    loss: float
+    frame_loss: dict[str, float]
+    """Mean cross entropy by predicted frame: {"f1": 3.2, ...}."""
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+    stop: bool
+    """Some rank was asked to stop."""
+    sample_ids: list[str]
+    """Of this rank."""
+
+
+@dataclass
+class Loop:
+    """Everything that a step needs; `run` is the loop itself.
+
+    Args:
+        config: The run.
+        engine: Model and optimizer.
+        accumulation: Micro batches per step.
+        device: Where batches go.
+        evaluation: Batches of every evaluation; empty = none.
+        recorder: metrics.jsonl and TensorBoard.
+        throughput: Stopwatch.
+        stop: Set by signals.
+        save: Writes the checkpoint of a step; collective.
+        sample: Writes the sample clips of a step; collective.
+    """
+
+    config: Config
+    engine: Engine
+    accumulation: int
+    device: torch.device
+    evaluation: Sequence[Batch]
+    recorder: Recorder
+    throughput: Throughput
+    stop: StopFlag
+    save: Callable[[int], None]
+    sample: Callable[[int], None]
+    guard: Guard = field(default_factory=Guard)
+
+    def run(self, batches: Iterator[Batch], start_step: int) -> int:
+        """Train from after `start_step` to `train.steps` or a stop request; the last finished step."""
+        train, step = self.config.train, start_step
+        self.engine.model.train()
+        self.throughput.restart()
+        while step < train.steps:
+            step += 1
+            report = self.train_step(batches, step)
+            speed = self.throughput.step(train.global_batch_size)
+            self.guard.check(step, report.loss, report.grad_norm, report.applied, report.sample_ids)
+            last = step == train.steps or report.stop
+            if due(step, train.log_every) or last:
+                self.record(report, speed)
+            if self.evaluation and (due(step, train.eval_every) or (last and train.eval_every and not report.stop)):
+                self.evaluate(step)
+            if due(step, self.config.samples.every):
+                self.sample(step)
+            if due(step, self.config.checkpoint.every) or last:
+                self.save(step)
+            self.throughput.restart()
+            if report.stop:
+                break
+        return step
+
+    def train_step(self, batches: Iterator[Batch], step: int) -> StepReport:
+        """Forward and backward over all micro batches, then one optimizer step."""
+        sums, sample_ids = self._zeros(), []
+        for _ in range(self.accumulation):
+            with self.throughput.waiting():
+                batch = next(batches).to(self.device)
+            output = self.engine.forward(**self.inputs(batch))
+            self.engine.backward(output.loss)
+            sums[1:] += self._numbers(output) / self.accumulation
+            sample_ids += batch.sample_ids
+        rate = learning_rate(step, self.config.train)
+        applied = self.engine.step(rate)
+        sums[0] = float(self.stop.requested)
+        stop, loss, *frame_loss = self._mean_over_ranks(sums)
+        return StepReport(
+            step, loss, self._by_frame(frame_loss), self.engine.grad_norm, rate, applied, stop > 0, sample_ids
+        )
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> float:
+        """Mean loss over the evaluation batches of all ranks, logged and recorded."""
+        self.engine.model.eval()
+        sums = self._zeros()
+        samples = sum(len(batch) for batch in self.evaluation)
+        for batch in self.evaluation:
+            output = self.engine.forward(**self.inputs(batch.to(self.device)))
+            sums[1:] += self._numbers(output) * (len(batch) / samples)
+        self.engine.model.train()
+        _, loss, *frame_loss = self._mean_over_ranks(sums)
+        by_frame = self._by_frame(frame_loss)
+        log.info("step %d | evaluation loss %.4f | %s", step, loss, _format_frames(by_frame))
+        self.recorder.write(step, "eval", loss=loss, frame_loss=by_frame)
+        return loss
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The model's forward arguments for a batch."""
+        return {
+            "text_BL": batch.text_BL,
+            "text_valid_BL": batch.text_valid_BL,
+            "frames_BTP": batch.frames_BTP,
+            "context_BTP": batch.context_BTP,
+            "stage": self.config.train.stage,
+            "frame_weights": self.config.loss.frame_weights,
+        }
+
+    def record(self, report: StepReport, speed: StepSpeed) -> None:
+        """One readable line, and the same numbers in the record."""
+        train = self.config.train
+        memory = memory_gib()
+        mfu = "n/a" if speed.mfu is None else f"{100 * speed.mfu:.1f}%"
+        log.info(
+            "step %d/%d | loss %.4f | %s | grad norm %.3f | lr %.2e | %.0f tokens/s | %.3g TFLOP/s | MFU %s | "
+            "%.2f GiB | data wait %.0f%% | eta %s%s",
+            report.step, train.steps, report.loss, _format_frames(report.frame_loss), report.grad_norm,
+            report.learning_rate, speed.tokens_per_second, speed.tflops, mfu, memory, 100 * speed.data_wait,
+            _format_seconds(speed.seconds * (train.steps - report.step)), "" if report.applied else " | SKIPPED",
+        )  # fmt: skip
+        self.recorder.write(
+            report.step, "train",
+            loss=report.loss, frame_loss=report.frame_loss, grad_norm=report.grad_norm,
+            learning_rate=report.learning_rate, applied=report.applied,
+            samples=report.step * train.global_batch_size, seconds=speed.seconds,
+            tokens_per_second=speed.tokens_per_second, tflops=speed.tflops, mfu=speed.mfu, memory_gib=memory,
+            data_wait=speed.data_wait,
+        )  # fmt: skip
+
+    def _zeros(self) -> Tensor:
+        """Stop flag, loss, then the loss of each predicted frame."""
+        frames = stage_layout(self.config.model, self.config.train.stage).loss_frames
+        return torch.zeros(2 + len(frames), device=self.device)
+
+    def _numbers(self, output: LossOutput) -> Tensor:
+        return torch.cat([output.loss.detach().view(1), output.frame_loss_Q]).float()
+
+    def _mean_over_ranks(self, sums: Tensor) -> list[float]:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)  # tensor-parallel ranks count twice with equal numbers
+            sums /= dist.get_world_size()
+        return [float(number) for number in sums.tolist()]
+
+    def _by_frame(self, losses: Sequence[float]) -> dict[str, float]:
+        frames = stage_layout(self.config.model, self.config.train.stage).loss_frames
+        return {f"f{frame}": loss for frame, loss in zip(frames, losses, strict=True)}
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0 = never) happens at this step."""
+    return every > 0 and step % every == 0
+
+
+def _format_frames(losses: dict[str, float]) -> str:
+    return " ".join(f"{frame} {loss:.3f}" for frame, loss in losses.items())
+
+
+def _format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,328 @@
+"""The main job: pretrain one stage of a model, under `deepspeed`, torchrun, srun or plain python alike."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megacog import __version__
+from megacog.checkpoint.commit import on_rank_0
+from megacog.checkpoint.discovery import find_checkpoint
+from megacog.checkpoint.export import Export
+from megacog.checkpoint.manifest import Manifest
+from megacog.checkpoint.rng import seed_everything
+from megacog.config.load import config_hash, dump_config, load_config
+from megacog.config.schema import Config
+from megacog.data.batch import Batch
+from megacog.data.check import check_data
+from megacog.data.loader import evaluation_batches, training_batches
+from megacog.errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, ConfigError
+from megacog.metrics.record import Recorder
+from megacog.metrics.throughput import Throughput
+from megacog.model.flops import tokens_per_sample, training_flops
+from megacog.model.layout import stage_layout
+from megacog.model.transformer import CogVideo
+from megacog.parallel.groups import ProcessGroups, build_process_groups
+from megacog.parallel.tensor import materialize
+from megacog.runtime import log as logs
+from megacog.runtime.files import atomic_file
+from megacog.runtime.hardware import available_cores, describe_device, device_name, peak_tflops
+from megacog.runtime.ranks import Ranks, discover
+from megacog.runtime.signals import StopFlag
+from megacog.tokenizers.frames import FrameTokenizer, load_frame_tokenizer
+from megacog.tokenizers.text import TextTokenizer
+from megacog.training.engine import Engine, build_engine
+from megacog.training.loop import Loop
+from megacog.training.samples import Sampler
+from megacog.training.start import describe_weights, idle_sets, idle_tensors, open_inherited, start_weights
+from megacog.training.state import Resumed, RunState, load_checkpoint, shapes_of
+
+log = logs.get_logger(__name__)
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Both tokenizers, opened."""
+
+    text: TextTokenizer
+    frames: FrameTokenizer
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"text": self.text.fingerprint, "frames": self.frames.fingerprint}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; 0 when `train.steps` is reached and exported, 85 when a signal stopped it."""
+    arguments = parse_arguments(argv)
+    ranks = discover()
+    logs.setup(ranks.rank)
+    config = load_config(arguments.config, arguments.overrides)
+    with StopFlag() as stop:
+        device = start_processes(config, ranks)
+        try:
+            return run(config, ranks, device, stop)
+        finally:
+            dist.destroy_process_group()
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py", description="Pretrain one stage of a model.",
+        epilog="Any key of the configuration can be overridden: train.learning_rate=1e-4 parallel.tensor=2",
+    )  # fmt: skip
+    parser.add_argument("--config", required=True, type=Path, help="YAML file of the run")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the DeepSpeed launcher, not used")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
+    return parser.parse_args(argv)
+
+
+def start_processes(config: Config, ranks: Ranks) -> torch.device:
+    """Join the other ranks; the device of this one."""
+    torch.set_num_threads(config.train.threads or max(1, available_cores() // ranks.local_world_size))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+    return device
+
+
+def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> int:
+    """Train one stage on this rank; the exit code."""
+    groups = build_process_groups(config.parallel.tensor)
+    accumulation = accumulation_steps(config, groups)
+    tokenizers = open_tokenizers(config)
+    config = resolve(config, tokenizers)
+    data = on_rank_0(lambda: check_data(config, tokenizers.frames.fingerprint, tokenizers.text))
+    export = open_inherited(config)
+    check_tokenizers(export, tokenizers)
+    run_dir = Path(config.train.run_dir)
+    checkpoint = find_checkpoint(run_dir, config.train.resume)
+
+    seed_everything(config.train.seed + groups.data_rank)
+    model, resumed, sources = build_model(config, groups, device, export, checkpoint)
+    shapes, idle = shapes_of(model), idle_tensors(config, export)
+    if ranks.rank == 0:
+        save_run_files(config, run_dir)
+        table = describe_weights(model, sources, idle_counts(config, export))
+        announce(config, ranks, groups, accumulation, f"data:\n{data}\nweights on this rank:\n{table}")
+    engine = build_engine(config, model, groups, accumulation)
+    state = RunState(config, engine, groups, shapes, tokenizers.fingerprints, versions(), (export, idle))
+    recorder = Recorder(run_dir, ranks.rank, config.metrics.tensorboard)
+    start_step = 0
+    if resumed is not None:
+        start_step = state.restore(resumed, example_inputs(config, device))
+        log.info("resumed at step %d from %s", start_step, resumed.records.folder)
+    recorder.truncate_after(start_step)
+
+    evaluation = load_evaluation(config, tokenizers.text, groups)
+    loop = Loop(
+        config, engine, accumulation, device, evaluation, recorder, build_throughput(config, ranks), stop,
+        save=lambda step: save(state, step),
+        sample=make_sampler(config, tokenizers, evaluation, engine, ranks),
+    )  # fmt: skip
+    place = {"data_rank": groups.data_rank, "data_size": groups.data_size, "start_step": start_step}
+    batches = training_batches(config, tokenizers.text, **place)
+    try:
+        step = loop.run(batches, start_step)
+    finally:
+        batches.close()
+        recorder.close()
+    if step < config.train.steps:
+        log.info("stopped at step %d by %s; run the same command to continue", step, stop.signal_name or "another rank")
+        return EXIT_PREEMPTED
+    path = state.export(Path(config.tokenizer.text), Path(config.tokenizer.frames))
+    log.info("done: %d steps; the model is in %s", step, path)
+    return EXIT_DONE
+
+
+def accumulation_steps(config: Config, groups: ProcessGroups) -> int:
+    """Micro batches per rank and step.
+
+    Raises:
+        ConfigError: The global batch does not divide over ranks and micro batches.
+    """
+    train, per_pass = config.train, config.train.micro_batch_size * groups.data_size
+    if train.global_batch_size % per_pass:
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x {groups.data_size} data-parallel ranks = {per_pass}"
+        )
+    return train.global_batch_size // per_pass
+
+
+def open_tokenizers(config: Config) -> Tokenizers:
+    return Tokenizers(
+        TextTokenizer.load(Path(config.tokenizer.text)), load_frame_tokenizer(Path(config.tokenizer.frames))
+    )
+
+
+def resolve(config: Config, tokenizers: Tokenizers) -> Config:
+    """The configuration with boi_id filled in, checked against the tokenizers.
+
+    Raises:
+        ConfigError: Vocabularies do not fit, or samples are asked for that cannot be made.
+    """
+    model, text, frames = config.model, tokenizers.text, tokenizers.frames
+    problems = []
+    if text.vocab_size > model.text_vocab_size:
+        problems.append(f"model.text_vocab_size {model.text_vocab_size} < {text.vocab_size} pieces of {config.tokenizer.text}")
+    if frames.codebook_size != model.image_vocab_size:
+        problems.append(
+            f"model.image_vocab_size {model.image_vocab_size} is not the codebook_size {frames.codebook_size} "
+            f"of {config.tokenizer.frames}"
+        )
+    if model.boi_id not in (None, text.boi_id):
+        problems.append(f"model.boi_id {model.boi_id} is not the tokenizer's {text.boi_id}; leave it out")
+    if config.samples.every:
+        if config.train.stage == "interpolation" and not config.data.eval:
+            problems.append("samples.every in the interpolation stage needs data.eval: its clips are filled in")
+        if config.train.stage != "interpolation" and not config.samples.prompts:
+            problems.append("samples.every needs samples.prompts")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config.model_copy(update={"model": model.model_copy(update={"boi_id": text.boi_id})})
+
+
+def check_tokenizers(export: Export | None, tokenizers: Tokenizers) -> None:
+    """Raises:
+    CheckpointError: The inherited model was trained with other tokenizers.
+    """
+    if export is None:
+        return
+    theirs = {
+        "text": TextTokenizer.load(export.text_tokenizer).fingerprint,
+        "frames": load_frame_tokenizer(export.frame_tokenizer).fingerprint,
+    }
+    different = [kind for kind, fingerprint in tokenizers.fingerprints.items() if theirs[kind] != fingerprint]
+    if different:
+        raise CheckpointError(
+            f"{export.path} was trained with another {' and '.join(different)} tokenizer; its weights mean nothing "
+            f"with this one. Set tokenizer.{different[0]} to the one in the export"
+        )
+
+
+def build_model(
+    config: Config,
+    groups: ProcessGroups,
+    device: torch.device,
+    export: Export | None,
+    checkpoint: tuple[Path, Manifest] | None,
+) -> tuple[CogVideo, Resumed | None, dict[str, str]]:
+    """This rank's model with its weights in place, the checkpoint they came from, and the source of each part."""
+    stage = config.train.stage
+    plus = () if stage == "base" else (stage,)
+    with torch.device("meta"):
+        model = CogVideo(config.model, plus, groups.tensor, config.train.activation_checkpointing)
+    materialize(model, device, _DTYPES[config.train.precision])
+    model.trainable(stage)
+    if checkpoint is None:
+        return model, None, start_weights(config, model, export)
+    path, manifest = checkpoint
+    resumed = load_checkpoint(Path(config.train.run_dir), path, manifest, config, model)
+    sources = {part: f"checkpoint, step {manifest.step}" for part in ("base", f"plus.{stage}")}
+    return model, resumed, sources
+
+
+def example_inputs(config: Config, device: torch.device) -> dict[str, Any]:
+    """Valid forward arguments that need no data."""
+    grid = stage_layout(config.model, config.train.stage).grid
+    batch, length = config.train.micro_batch_size, config.model.text_length
+    return {
+        "text_BL": torch.zeros(batch, length, dtype=torch.int64, device=device),
+        "text_valid_BL": torch.ones(batch, length, dtype=torch.bool, device=device),
+        "frames_BTP": torch.zeros(batch, grid.frames, grid.cells, dtype=torch.int64, device=device),
+        "stage": config.train.stage,
+    }
+
+
+def load_evaluation(config: Config, text: TextTokenizer, groups: ProcessGroups) -> list[Batch]:
+    """This rank's evaluation batches; none without data.eval."""
+    if not config.data.eval:
+        return []
+    place = {"data_rank": groups.data_rank, "data_size": groups.data_size}
+    return list(evaluation_batches(config, text, **place, count=config.train.eval_batches))
+
+
+def make_sampler(config: Config, tokenizers: Tokenizers, evaluation: list[Batch], engine: Engine, ranks: Ranks) -> Any:
+    """What the loop calls to write samples: all ranks fill in rank 0's clips."""
+    first: list[Any] = [evaluation[0] if evaluation else None]
+    if config.samples.every and ranks.world_size > 1:
+        dist.broadcast_object_list(first, src=0)
+    sampler = Sampler(config, tokenizers.text, tokenizers.frames, first[0])
+
+    def sample(step: int) -> None:
+        log.info("step %d | samples in %s", step, sampler.write(engine, step, write=ranks.rank == 0))
+
+    return sample
+
+
+def save(state: RunState, step: int) -> None:
+    """Write a checkpoint and say so."""
+    state.save(step)
+    log.info("step %d | checkpoint written", step)
+
+
+def build_throughput(config: Config, ranks: Ranks) -> Throughput:
+    stage = config.train.stage
+    peak = config.metrics.peak_tflops or peak_tflops(device_name(), config.train.precision)
+    return Throughput(
+        training_flops(config.model, stage), tokens_per_sample(config.model, stage), ranks.world_size, peak
+    )
+
+
+def idle_counts(config: Config, export: Export | None) -> dict[str, int]:
+    names = idle_tensors(config, export)
+    return {stage: sum(name.startswith(f"plus.{stage}.") for name in names) for stage in idle_sets(config, export)}
+
+
+def versions() -> dict[str, str]:
+    """Of python, megacog and the packages that numbers depend on."""
+    found = {"python": platform.python_version(), "megacog": __version__}
+    for package in ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece", "h5py"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def save_run_files(config: Config, run_dir: Path) -> None:
+    """Resolved configuration, command line and versions."""
+    with atomic_file(run_dir / "config.yaml", "w") as file:
+        file.write(dump_config(config))
+    with atomic_file(run_dir / "command.txt", "w") as file:
+        file.write(shlex.join([sys.executable, *sys.argv]) + "\n")
+        file.writelines(f"{name} {number}\n" for name, number in versions().items())
+
+
+def announce(config: Config, ranks: Ranks, groups: ProcessGroups, accumulation: int, tables: str) -> None:
+    """What is about to happen, once."""
+    train = config.train
+    engine = f"deepspeed, ZeRO {train.zero_stage}" if train.engine == "deepspeed" else "torch"
+    log.info("configuration %s:\n%s", config_hash(config)[:12], dump_config(config).rstrip())
+    log.info("%s", tables)
+    log.info(
+        "%s | %d ranks by %s: tensor %d x data %d | engine %s | %s",
+        describe_device(), ranks.world_size, ranks.source, groups.tensor.size, groups.data_size, engine, train.precision,
+    )  # fmt: skip
+    log.info(
+        "batch %d = micro %d x accumulation %d x data-parallel ranks %d | stage %s | %d steps | output in %s",
+        train.global_batch_size, train.micro_batch_size, accumulation, groups.data_size, train.stage, train.steps,
+        train.run_dir,
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+"""Where a run's weights start: at random, or from the export that it inherits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megacog.checkpoint.export import Export, load_tensors, open_export
+from megacog.config.schema import Config, ModelConfig, PlusStage
+from megacog.errors import CheckpointError, ConfigError
+from megacog.model.init import initialize_base, initialize_plus
+from megacog.model.transformer import CogVideo
+from megacog.runtime.log import get_logger
+
+log = get_logger(__name__)
+
+_SHAPE_KEYS = (
+    "num_layers", "hidden_size", "num_heads", "ffn", "grid", "image_vocab_size", "text_vocab_size", "boi_id",
+    "text_positions", "base_position_rows", "layernorm_eps",
+)  # fmt: skip
+"""What the base must share with a model that inherits it."""
+
+
+def open_inherited(config: Config) -> Export | None:
+    """The export that the run inherits, checked against the run's model; None without one.
+
+    Raises:
+        CheckpointError: It is no export, is damaged, or has another shape.
+    """
+    if config.model.inherit is None:
+        return None
+    export = open_export(Path(config.model.inherit))
+    problems = _differences(export.model, config.model, _SHAPE_KEYS)
+    if export.plus and config.train.stage != "base":
+        problems += _differences(export.model, config.model, ("plus_position_rows",))
+    for stage in idle_sets(config, export):
+        if getattr(export.model.attention, stage) != getattr(config.model.attention, stage):
+            problems.append(f"attention.{stage} differs from the one its attention-plus was trained with")
+    if problems:
+        raise CheckpointError(
+            f"model.inherit {export.path} does not fit this model: " + "; ".join(problems) + ". Make the model "
+            "section agree with the export's config.yaml"
+        )
+    return export
+
+
+def _differences(old: ModelConfig, new: ModelConfig, keys: tuple[str, ...]) -> list[str]:
+    pairs = [(key, getattr(old, key), getattr(new, key)) for key in keys]
+    return [f"{key} is {theirs} there and {ours} here" for key, theirs, ours in pairs if theirs != ours]
+
+
+def idle_sets(config: Config, export: Export | None) -> tuple[PlusStage, ...]:
+    """Attention-plus sets of the inherited export that the run carries over untouched.
+
+    Training the base carries none: they belong to the base as it was.
+    """
+    if export is None or config.train.stage == "base":
+        return ()
+    return tuple(stage for stage in export.plus if stage != config.train.stage)
+
+
+def idle_tensors(config: Config, export: Export | None) -> list[str]:
+    """Names of the tensors of `idle_sets`."""
+    if export is None:
+        return []
+    stages = idle_sets(config, export)
+    return [name for name in sorted(export.files) if any(name.startswith(f"plus.{stage}.") for stage in stages)]
+
+
+def start_weights(config: Config, model: CogVideo, export: Export | None) -> dict[str, str]:
+    """Fill the model; where each part came from, by part name ("base", "plus.<stage>").
+
+    Raises:
+        ConfigError: `model.plus_from` names a set that the export does not hold.
+    """
+    seed, stage = config.train.seed, config.train.stage
+    sources = {"base": f"random, seed {seed}"}
+    if export is None:
+        initialize_base(model, seed)
+    else:
+        base = [name for name, _ in model.named_parameters() if not name.startswith("plus.")]
+        load_tensors(model, export.tensor, base)
+        sources["base"] = str(export.path)
+    if stage == "base":
+        if export is not None and export.plus:
+            log.warning("training the base drops the attention-plus sets %s of %s", list(export.plus), export.path)
+        return sources
+    sources[f"plus.{stage}"] = _start_plus(config, model, stage, export)
+    return sources
+
+
+def _start_plus(config: Config, model: CogVideo, stage: PlusStage, export: Export | None) -> str:
+    origin = config.model.plus_from
+    if origin == "base":
+        if export is not None and stage in export.plus:
+            log.warning("%s holds plus.%s already; a fresh one is trained (model.plus_from: base)", export.path, stage)
+        initialize_plus(model, stage, config.model.plus_dense, config.train.seed)
+        dense = "copied" if config.model.plus_dense == "copy" else "random"
+        return f"base channel (qkv copied, dense {dense})"
+    if export is None or origin not in export.plus:
+        held = list(export.plus) if export is not None else []
+        raise ConfigError(
+            f"model.plus_from is {origin}, but {config.model.inherit} holds no plus.{origin}, only {held}; "
+            "train that stage first, or use plus_from: base"
+        )
+    names = [name for name, _ in model.named_parameters() if name.startswith(f"plus.{stage}.")]
+
+    def source(name: str) -> Tensor:
+        return export.tensor(name.replace(f"plus.{stage}.", f"plus.{origin}.", 1))
+
+    load_tensors(model, source, names)
+    return f"plus.{origin} of {export.path}"
+
+
+def describe_weights(model: CogVideo, sources: dict[str, str], idle: dict[str, int]) -> str:
+    """A table of tensor groups: tensors, parameters, trained or frozen, source.
+
+    Args:
+        model: Counted as this rank holds it, before an engine partitions it.
+        sources: As `start_weights` returns.
+        idle: Tensors per idle set that is carried over.
+    """
+    rows = [("tensors", "parameters", "state", "group", "from")]
+    groups: dict[str, list[int]] = {}
+    trained: dict[str, bool] = {}
+    for name, parameter in model.named_parameters():
+        group = _group(name)
+        count = groups.setdefault(group, [0, 0])
+        count[0] += 1
+        count[1] += parameter.numel()
+        trained[group] = parameter.requires_grad
+    for group, (tensors, numel) in groups.items():
+        part = ".".join(group.split(".")[:2]) if group.startswith("plus.") else "base"
+        state = "trained" if trained[group] else "frozen"
+        rows.append((str(tensors), f"{numel:,}", state, group, sources.get(part, "checkpoint")))
+    for stage, tensors in idle.items():
+        rows.append((str(tensors), "", "idle", f"plus.{stage}", "carried over bitwise"))
+    return "\n".join(_format_rows(rows))
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] == "plus":
+        return f"plus.{parts[1]}.{'positions' if parts[2] == 'position_embedding' else 'layers'}"
+    if parts[0] == "layers":
+        return "layers.layernorms" if "layernorm" in parts[2] else f"layers.{parts[2]}"
+    return parts[0]
+
+
+def _format_rows(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        numbers = [cell.rjust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        words = [cell.ljust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        yield "  ".join(numbers + words).rstrip()

@@ -1,0 +1,263 @@
+"""The state of a run between engine and disk: checkpoints, resuming, the export at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacog.checkpoint.commit import on_rank_0, rank_and_size
+from megacog.checkpoint.export import Export, load_tensors, save_export
+from megacog.checkpoint.manifest import Manifest
+from megacog.checkpoint.records import Record, RecordReader
+from megacog.checkpoint.rng import restore_rng, seed_everything
+from megacog.checkpoint.store import open_frozen, rng_name, save_checkpoint, save_frozen
+from megacog.config.load import config_hash
+from megacog.config.schema import Config
+from megacog.errors import CheckpointError
+from megacog.model.init import whole_shape
+from megacog.model.transformer import CogVideo
+from megacog.parallel.groups import ProcessGroups
+from megacog.parallel.tensor import TensorParallel
+from megacog.runtime.log import get_logger
+from megacog.training.engine import Engine
+
+log = get_logger(__name__)
+
+_FREE_MODEL_KEYS = ("inherit", "plus_from", "plus_dense")
+"""Model keys that matter only when a run starts."""
+_FIXED_TRAIN_KEYS = ("stage", "precision", "seed", "global_batch_size")
+_QUIET_SECTIONS = ("samples", "metrics", "generation", "checkpoint")
+
+
+def shapes_of(model: CogVideo) -> dict[str, list[int]]:
+    """Whole shapes of all parameters; must be taken before an engine partitions them."""
+    return {name: whole_shape(parameter, model.parallel.size) for name, parameter in model.named_parameters()}
+
+
+def gather_whole(local: Tensor, parameter: Tensor, parallel: TensorParallel) -> Tensor:
+    """The whole tensor of which every tensor-parallel rank holds `local`, cut as `parameter` is. Collective."""
+    shard = getattr(parameter, "shard", None)
+    if shard is None or parallel.size == 1 or local.dim() == 0:
+        return local
+    parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(parallel.size)]
+    dist.all_gather(parts, local.contiguous(), group=parallel.group)
+    return shard.gather(parts)
+
+
+def local_part(whole: Tensor, parameter: Tensor, parallel: TensorParallel) -> Tensor:
+    """This tensor-parallel rank's part of a whole tensor that is cut as `parameter` is."""
+    shard = getattr(parameter, "shard", None)
+    if shard is None or whole.dim() == 0:
+        return whole
+    return shard.slice(whole, parallel.rank, parallel.size)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A verified checkpoint whose weights are in the model; the rest waits for the engine."""
+
+    manifest: Manifest
+    records: RecordReader
+    frozen: RecordReader | None
+
+
+def load_checkpoint(run_dir: Path, path: Path, manifest: Manifest, config: Config, model: CogVideo) -> Resumed:
+    """Put a checkpoint's weights, frozen ones too, into the model. Collective.
+
+    Raises:
+        CheckpointError: It belongs to another run (the message names every difference) or is damaged.
+    """
+    check_same_run(manifest.config, config, path)
+    records = RecordReader(path, manifest.parameters)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    load_tensors(model, lambda name: records.read(name)["weight"], trained)
+    frozen = open_frozen(run_dir, manifest.frozen) if manifest.frozen else None
+    if frozen_names:
+        if frozen is None:
+            raise CheckpointError(f"{path} refers to no frozen weights, but this stage has some")
+        load_tensors(model, lambda name: frozen.read(name)["weight"], frozen_names)
+    return Resumed(manifest, records, frozen)
+
+
+def check_same_run(saved: Mapping[str, Any], config: Config, path: Path) -> None:
+    """Refuse a checkpoint of another model, stage or data order; log settings that changed otherwise.
+
+    Raises:
+        CheckpointError: Names every difference that cannot be resumed over.
+    """
+    fatal, changed = [], []
+    for key, (before, now) in _leaf_differences(saved, config.model_dump(mode="json")).items():
+        section, _, rest = key.partition(".")
+        top = rest.split(".")[0]
+        fixed = (section == "model" and top not in _FREE_MODEL_KEYS) or (
+            section == "train" and top in _FIXED_TRAIN_KEYS
+        )
+        text = f"{key} was {before!r} and is {now!r}"
+        if fixed:
+            fatal.append(text)
+        elif section not in _QUIET_SECTIONS:
+            changed.append(text)
+    if fatal:
+        raise CheckpointError(
+            f"{path} belongs to another run: " + "; ".join(fatal) + ". Use another train.run_dir (and model.inherit "
+            "to start from this one's export), or restore these settings"
+        )
+    for text in changed:
+        log.warning("settings changed since the checkpoint: %s", text)
+
+
+def _leaf_differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted(set(old) | set(new)):
+            found |= _leaf_differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        return found
+    return {} if old == new else {prefix: (old, new)}
+
+
+class RunState:
+    """Saves, restores and exports one run. All methods are collective.
+
+    Args:
+        config: With boi_id resolved.
+        engine: Built from a model whose parameters have the whole shapes `shapes`.
+        groups: This rank's process groups.
+        shapes: As `shapes_of` gave before the engine was built.
+        fingerprints: Of the tokenizers.
+        versions: Of python and packages, for the record.
+        idle: Export that holds idle attention-plus sets, and their tensors' names.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        groups: ProcessGroups,
+        shapes: Mapping[str, list[int]],
+        fingerprints: dict[str, str],
+        versions: dict[str, str],
+        idle: tuple[Export | None, list[str]],
+    ) -> None:
+        self.run_dir = Path(config.train.run_dir)
+        self.saved_step = -1
+        self._config = config
+        self._engine = engine
+        self._groups = groups
+        self._shapes = shapes
+        self._fingerprints = fingerprints
+        self._versions = versions
+        self._export, self._idle = idle
+        self._frozen_hash: str | None = None
+        self._frozen: RecordReader | None = None
+        self._parameters = dict(engine.model.named_parameters())
+
+    def restore(self, resumed: Resumed, example: dict[str, Any]) -> int:
+        """Continue from a checkpoint: optimizer state and generators; the step it was taken at.
+
+        Args:
+            resumed: As `load_checkpoint` gave.
+            example: Valid forward arguments, for the engine to allocate its states with.
+        """
+        self._engine.prepare_states(**example)
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                record = resumed.records.read(name)
+                self._engine.set_state(
+                    name, {field: local_part(x, parameter, self._groups.tensor) for field, x in record.items()}
+                )
+        self._restore_rng(resumed)
+        self._frozen_hash, self._frozen = resumed.manifest.frozen, resumed.frozen
+        self._idle = [name for name in resumed.frozen.placement if name not in self._shapes] if resumed.frozen else []
+        self.saved_step = resumed.manifest.step
+        return resumed.manifest.step
+
+    def _restore_rng(self, resumed: Resumed) -> None:
+        rank, size = rank_and_size()
+        world = resumed.manifest.world
+        same = (world["ranks"], world["tensor"]) == (size, self._groups.tensor.size)
+        if same:
+            restore_rng(resumed.records.read(rng_name(rank)))
+            return
+        log.warning("the checkpoint was written by %s; resuming is exact to rounding, not bitwise", world)
+        seed_everything(self._config.train.seed + resumed.manifest.step * 1_000_003 + self._groups.data_rank)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a step unless it is there already.
+
+        Raises:
+            CheckpointError: Some rank could not write.
+        """
+        if step == self.saved_step:
+            return
+        if self._frozen_hash is None:
+            self._save_frozen()
+        trained = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
+        sizes = {name: torch.Size(self._shapes[name]).numel() for name in trained}
+        header = self._header(step)
+        save_checkpoint(self.run_dir, header, sizes, self._record, self._config.checkpoint.keep_last)
+        self.saved_step = step
+
+    def export(self, text_tokenizer: Path, frame_tokenizer: Path) -> Path:
+        """Write `<run>/export` from the present weights; idle sets are carried over bitwise.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        rank, _ = rank_and_size()
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            whole = gather_whole(self._engine.weight(name), parameter, self._groups.tensor)
+            if rank == 0:
+                tensors[name] = whole.detach().to("cpu", copy=True)
+        path = self.run_dir / "export"
+
+        def write() -> None:
+            tensors.update({name: self._idle_tensor(name) for name in self._idle})
+            save_export(path, self._config, tensors, text_tokenizer, frame_tokenizer)
+
+        on_rank_0(write)
+        return path
+
+    def _header(self, step: int) -> Manifest:
+        groups = self._groups
+        return Manifest(
+            step=step,
+            samples=step * self._config.train.global_batch_size,
+            config=self._config.model_dump(mode="json"),
+            config_hash=config_hash(self._config),
+            world={"ranks": rank_and_size()[1], "tensor": groups.tensor.size, "data": groups.data_size},
+            fingerprints=self._fingerprints,
+            versions=self._versions,
+            frozen=self._frozen_hash,
+            parameters={},
+        )
+
+    def _record(self, name: str) -> Record:
+        parameter = self._parameters[name]
+        state = self._engine.get_state(name)
+        return {field: gather_whole(tensor, parameter, self._groups.tensor) for field, tensor in state.items()}
+
+    def _save_frozen(self) -> None:
+        frozen = [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
+        sizes = {name: torch.Size(self._shapes[name]).numel() for name in frozen} | dict.fromkeys(self._idle, 1)
+        if sizes:
+            self._frozen_hash = save_frozen(self.run_dir, self._header(0), sizes, self._frozen_record)
+
+    def _frozen_record(self, name: str) -> Record:
+        if name in self._parameters:
+            parameter = self._parameters[name]
+            return {"weight": gather_whole(self._engine.weight(name), parameter, self._groups.tensor)}
+        return {"weight": self._idle_tensor(name)}
+
+    def _idle_tensor(self, name: str) -> Tensor:
+        if self._frozen is not None:
+            return self._frozen.read(name)["weight"]
+        assert self._export is not None
+        return self._export.tensor(name)
