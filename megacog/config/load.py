@@ -139,8 +139,7 @@ def _override_value(text: str, annotation: Any) -> Any:
     parsed = yaml_text.parse(text)
     if parsed.problems:
         raise yaml.YAMLError(parsed.problems[0][1])
-    takes_text = annotation is str or str in get_args(annotation)
-    if takes_text and parsed.value is not None and not isinstance(parsed.value, str):
+    if _strip_optional(annotation) is str and parsed.value is not None and not isinstance(parsed.value, str):
         return text.strip()  # run_dir=2024 is a name, not a number
     return parsed.value
 
@@ -241,6 +240,9 @@ def _explain(detail: dict[str, Any], path: yaml_text.Path, schema: type[BaseMode
     kind, value = detail["type"], detail.get("input")
     if kind == "extra_forbidden":
         return "unknown key" + _suggest(path, schema)
+    if kind == "missing" and isinstance(detail["loc"][-1], int):  # an item of a tuple
+        items = [item for item in get_args(_strip_optional(_annotation_at(schema, path))) if item is not ...]
+        return f"expected {len(items)} values, got {_show(value)}"
     if kind == "missing":
         return f"missing; it is required{_describe_field(path, schema)}"
     if kind == "value_error":
