@@ -64,7 +64,7 @@ class RateRow:
 
     Attributes:
         from_step: first optimizer step of the phase.
-        fps: rate; None for the clips that fit no rate.
+        fps: rate; None for single frames (base) and, with share 0, for clips that fit no rate.
         span_seconds: from the first to the last frame of a sample; None without a rate.
         clips: clips that hold the stage's frames at this rate.
         share: expected share of the training samples at this rate.

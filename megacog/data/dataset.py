@@ -191,4 +191,4 @@ class StageDataset:
 
 def _sample_id(clip_id: str, window: Window) -> str:
     indices = window.indices
-    return f"{clip_id}[{indices.start}:{indices.stop}:{indices.step}]"
+    return f"{clip_id}[{indices[0]}:{indices[-1] + 1}:{indices.step}]"

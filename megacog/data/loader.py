@@ -69,6 +69,12 @@ class TrainingBatches(Iterator[Batch]):
         """Ends the loader processes; there are no batches afterwards."""
         self._iterator = None
 
+    def __enter__(self) -> TrainingBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def training_batches(
     config: Config, text: TextTokenizer, *, data_rank: int, data_size: int, start_step: int
