@@ -4,8 +4,8 @@
 _megacog_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 _megacog_in_virtualenv() {
-    command -v python >/dev/null 2>&1 &&
-        python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' >/dev/null 2>&1
+    local python
+    python="$(command -v python)" && [ -f "$(dirname "$(dirname "$python")")/pyvenv.cfg" ]
 }
 
 if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then

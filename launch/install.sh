@@ -60,15 +60,32 @@ make_environment() {
     fi
 }
 
+# One line: prefix of the environment (empty outside of one), "ok" if Python is new enough, "complete" if all
+# packages can be found.
+describe_environment() {
+    python - <<'PYTHON' 2>/dev/null
+import os, sys
+from importlib.util import find_spec
+inside = sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX")
+sys.path = [entry for entry in sys.path if entry not in ("", ".", os.getcwd())]
+names = "torch deepspeed h5py yaml sentencepiece av PIL safetensors tqdm megacog megacog_kernels".split()
+print(sys.prefix if inside else "", "ok" if sys.version_info >= (3, 11) else "old",
+      "complete" if all(find_spec(name) for name in names) else "incomplete", sep="\t")
+PYTHON
+}
+
 source launch/environment.sh
-if ! python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix and not __import__("os").environ.get("CONDA_PREFIX"))' \
-    >/dev/null 2>&1 || { [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ] && ! python -m pip --version >/dev/null 2>&1; }; then
+IFS=$'\t' read -r prefix version_verdict completeness < <(describe_environment | sed 's/^\t/-\t/') || prefix=-
+if [ "$prefix" = - ]; then
     make_environment
     source launch/environment.sh
+    IFS=$'\t' read -r prefix version_verdict completeness < <(describe_environment)
 fi
-new_enough python || { echo "error: the active environment has $(python --version); Python >= 3.11 is needed" >&2; exit 1; }
+if [ "$version_verdict" != ok ]; then
+    echo "error: the active environment $prefix has $(python --version); Python >= 3.11 is needed" >&2
+    exit 1
+fi
 
-prefix="$(python -c 'import sys; print(sys.prefix)')"
 if command -v flock >/dev/null 2>&1; then
     exec 9>"$prefix/.megacog-install.lock"
     flock 9 # two scripts may install at the same time
@@ -79,26 +96,25 @@ stamp="$prefix/.megacog-install"
 extras="logging,demo"
 [ "$target" = gpu ] && extras="$extras,gpu"
 [ "$dev" = yes ] && extras="$extras,dev"
-wanted="$(cat setup.py pyproject.toml megacog/__init__.py launch/install.sh | cksum) $PWD $TORCH_VERSION ${TORCH_INDEX_URL:-}"
+files_checksum="$(cat setup.py pyproject.toml megacog/__init__.py launch/install.sh | cksum)"
+wanted="$files_checksum $PWD $TORCH_VERSION ${TORCH_INDEX_URL:-}"
 installed_extras=""
 if [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" = "$wanted" ]; then
     installed_extras="$(sed -n 2p "$stamp")"
 fi
 missing_extras="$(comm -23 <(tr , '\n' <<<"$extras" | sort) <(tr , '\n' <<<"$installed_extras" | sort))"
-packages_present() {
-    python - <<'PYTHON' 2>/dev/null
-from importlib.util import find_spec
-import sys
-names = "torch deepspeed h5py yaml sentencepiece av PIL safetensors tqdm megacog megacog_kernels".split()
-sys.path = [entry for entry in sys.path if entry not in ("", ".")]
-sys.exit(not all(find_spec(name) for name in names))
-PYTHON
-}
-if [ -n "$installed_extras" ] && [ -z "$missing_extras" ] && packages_present; then
+if [ "$completeness" = complete ] && [ -z "$missing_extras" ]; then
     exit 0
 fi
 if [ -n "$installed_extras" ]; then # keep what an earlier call added, e.g. --dev
     extras="$(tr , '\n' <<<"$extras,$installed_extras" | sort -u | paste -sd , -)"
+fi
+if ! python -m pip --version >/dev/null 2>&1; then # the making of .venv was interrupted
+    if [ "$prefix" != "$PWD/.venv" ]; then
+        echo "error: the active environment $prefix has no pip; install pip into it, or deactivate it" >&2
+        exit 1
+    fi
+    make_environment
 fi
 
 rm -f "$stamp"
@@ -122,12 +138,12 @@ if torch_suffices; then
     torch_source="already in $prefix"
 elif [ -n "${TORCH_INDEX_URL:-}" ]; then
     pip_install --index-url "$TORCH_INDEX_URL" --no-deps "torch==$TORCH_VERSION"
-    torch_source="$(sed -E 's#://[^/@]*@#://#' <<<"$TORCH_INDEX_URL")"
+    torch_source="from $(sed -E 's#://[^/@]*@#://#' <<<"$TORCH_INDEX_URL")"
 else
     pip_install "torch==$TORCH_VERSION"
-    torch_source="pip's default sources"
+    torch_source="from pip's default sources"
 fi
-echo "torch $(torch_version) from $torch_source"
+echo "torch $(torch_version), $torch_source"
 
 # DeepSpeed comes as source. In an isolated build it sees no torch and compiles nothing.
 DS_BUILD_OPS=0 pip_install --use-pep517 -e ".[$extras]"

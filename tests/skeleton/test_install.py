@@ -1,0 +1,143 @@
+"""launch/install.sh and the packages it installs, in environments of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def copy_repository(target: Path) -> Path:
+    """Copy what a fresh clone would hold, changes that are not committed yet included."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in filter(None, listing.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    return target
+
+
+def bare_environment(home: Path) -> dict[str, str]:
+    """Return the environment of a user without virtualenv, with the system's Python and pip's settings."""
+    base = Path(sys.base_prefix) / "bin"
+    dropped = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHONHOME")
+    environ = {name: value for name, value in os.environ.items() if name not in dropped}
+    path = [entry for entry in environ["PATH"].split(os.pathsep) if not Path(entry, "../pyvenv.cfg").exists()]
+    return {**environ, "HOME": str(home), "PATH": os.pathsep.join([str(base), *path])}
+
+
+def without_compilers(environ: dict[str, str], folder: Path) -> dict[str, str]:
+    """Put compilers first on the PATH that leave a mark and fail."""
+    folder.mkdir()
+    for name in ("cc", "c++", "gcc", "g++", "clang", "nvcc", "ninja", "cmake"):
+        (folder / name).write_text(f"#!/bin/sh\ntouch {folder}/called-{name}\nexit 1\n")
+        (folder / name).chmod(0o755)
+    return {**environ, "PATH": f"{folder}{os.pathsep}{environ['PATH']}"}
+
+
+def bash(command: str, folder: Path, environ: dict[str, str], seconds: int = 1800) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environ, capture_output=True, text=True, timeout=seconds
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_bare_machine_gets_a_working_environment_without_a_compiler(tmp_path: Path) -> None:
+    repository = copy_repository(tmp_path / "clone")
+    (tmp_path / "home").mkdir()
+    environ = without_compilers(bare_environment(tmp_path / "home"), tmp_path / "compilers")
+    # An interrupted first try left a half-made environment.
+    (repository / ".venv" / "bin").mkdir(parents=True)
+
+    first = bash("bash launch/install.sh --target cpu", repository, environ)
+    assert first.returncode == 0, first.stdout + first.stderr
+    torch_lines = [line for line in first.stdout.splitlines() if line.startswith("torch ")]
+    assert len(torch_lines) == 1 and "from" in torch_lines[0]
+
+    check = (
+        "source launch/environment.sh && cd / && python -c '"
+        "import megacog, megacog_kernels, deepspeed, torch, sys; "
+        "print(megacog.__file__, megacog_kernels.__file__, sys.prefix)'"
+        " && megacog-infer --help >/dev/null"
+    )
+    found = bash(check, repository, environ)
+    assert found.returncode == 0, found.stderr
+    places = found.stdout.splitlines()[-1].split()
+    assert places == [
+        str(repository / "megacog/__init__.py"),
+        str(repository / "kernels/megacog_kernels/__init__.py"),
+        str(repository / ".venv"),
+    ]
+    assert list((tmp_path / "compilers").glob("called-*")) == []
+
+    again = bash("time -p bash launch/install.sh --target cpu", repository, environ)
+    assert again.returncode == 0 and again.stdout == ""
+    real = next(line for line in again.stderr.splitlines() if line.startswith("real"))
+    assert float(real.split()[1]) < 5.0  # 0.2 s on an idle machine
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_foreign_package_named_kernels_is_not_shadowed(tmp_path: Path) -> None:
+    repository = copy_repository(tmp_path / "clone")
+    environ = bare_environment(tmp_path)
+    environment = tmp_path / "env"
+    venv.create(environment, with_pip=True)
+    python = environment / "bin" / "python"
+    where = bash(f"{python} -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))'", tmp_path, environ)
+    site = Path(where.stdout.strip())
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text("WHO = 'foreign'\n")
+
+    installed = bash(f"{python} -m pip install --quiet --no-deps -e .", repository, environ, seconds=500)
+    assert installed.returncode == 0, installed.stderr
+    show = "import kernels, importlib.util as u; print(kernels.WHO, u.find_spec(\"megacog_kernels\").origin)"
+    for folder in (Path("/"), repository):
+        result = bash(f"{python} -c '{show}'", folder, environ)
+        assert result.stdout.split() == ["foreign", str(repository / "kernels/megacog_kernels/__init__.py")]
+
+
+def test_an_unknown_option_or_target_is_refused(tmp_path: Path) -> None:
+    environ = bare_environment(tmp_path)
+    for options, message in (("--targt gpu", "unknown option"), ("--target tpu", "cpu or gpu")):
+        result = bash(f"bash launch/install.sh {options}", ROOT, environ)
+        assert result.returncode == 2 and message in result.stderr
+
+
+def test_a_python_that_is_too_old_is_told(tmp_path: Path) -> None:
+    old = tmp_path / "env" / "bin"
+    old.mkdir(parents=True)
+    (old / "python").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.10.1 || printf "/old/env\\told\\tincomplete\\n"\n'
+    )
+    (old / "python").chmod(0o755)
+    environ = {**bare_environment(tmp_path), "VIRTUAL_ENV": str(tmp_path / "env")}
+    result = bash("bash launch/install.sh", ROOT, environ)
+    assert result.returncode == 1
+    assert "Python 3.10.1; Python >= 3.11 is needed" in result.stderr
+
+
+def test_the_environment_script_prefers_the_active_environment(tmp_path: Path) -> None:
+    active, local = tmp_path / "active" / "bin", tmp_path / ".venv" / "bin"
+    for folder in (active, local):
+        folder.mkdir(parents=True)
+        (folder / "python").write_text("#!/bin/sh\n")
+        (folder / "python").chmod(0o755)
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "environment.sh", tmp_path / "launch")
+    environ = bare_environment(tmp_path)
+    show = "source launch/environment.sh; command -v python"
+    assert bash(show, tmp_path, environ).stdout.strip() == str(local / "python")
+    with_active = {**environ, "VIRTUAL_ENV": str(tmp_path / "active")}
+    assert bash(show, tmp_path, with_active).stdout.strip() == str(active / "python")
