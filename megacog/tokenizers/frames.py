@@ -1,9 +1,9 @@
 """Frames to grids of discrete codes and back: a small convolutional autoencoder.
 
 A frame tokenizer is a folder with `tokenizer.json` (configuration, fingerprint) and
-`model.safetensors`. Codes are row-major, one per `downsample` x `downsample` pixels. The network
-has no normalization over space: a code depends on the pixels around it only, so that a moving
-object changes few codes.
+`model.safetensors`. Codes are row-major, one per `downsample` x `downsample` pixels. Once
+trained, the network normalizes nothing over space: a code depends on the pixels around it only, so
+that a moving object changes few codes.
 
 Dimensions: B frames, H/W pixels, h/w code grid, C channels.
 """
@@ -109,7 +109,11 @@ def _encoder(config: ConvTokenizerConfig, code_dim: int) -> nn.Sequential:
     for outer, inner in zip(channels, channels[1:], strict=False):
         layers += [nn.SiLU(), nn.Conv2d(outer, inner, 4, stride=2, padding=1)]
         layers += [ResidualBlock(inner) for _ in range(config.blocks)]
-    return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels[-1], code_dim, 1))
+    # Unit variance per code channel keeps the encoder where the quantizer's cells are: without it, mostly
+    # blank frames drive it into saturation or to a single code.
+    return nn.Sequential(
+        *layers, nn.SiLU(), nn.Conv2d(channels[-1], code_dim, 1), nn.BatchNorm2d(code_dim, affine=False)
+    )
 
 
 def _decoder(config: ConvTokenizerConfig, code_dim: int) -> nn.Sequential:
@@ -170,9 +174,7 @@ class ConvTokenizer(nn.Module):
             DataError: frames are not uint8 [B, H, W, 3] or do not divide into codes.
         """
         if frames_BHWC.dtype != torch.uint8 or frames_BHWC.ndim != 4 or frames_BHWC.shape[-1] != 3:
-            raise DataError(
-                f"frames must be uint8 [B, H, W, 3], not {frames_BHWC.dtype} {list(frames_BHWC.shape)}"
-            )
+            raise DataError(f"frames must be uint8 [B, H, W, 3], not {frames_BHWC.dtype} {list(frames_BHWC.shape)}")
         height, width = frames_BHWC.shape[1:3]
         h, w = self.grid(height, width)
         codes = [
@@ -189,9 +191,7 @@ class ConvTokenizer(nn.Module):
             DataError: codes are not integers [B, h, w] or lie outside the codebook.
         """
         if codes_Bhw.ndim != 3 or codes_Bhw.dtype.is_floating_point or codes_Bhw.dtype.is_complex:
-            raise DataError(
-                f"codes must be integers [B, h, w], not {codes_Bhw.dtype} {list(codes_Bhw.shape)}"
-            )
+            raise DataError(f"codes must be integers [B, h, w], not {codes_Bhw.dtype} {list(codes_Bhw.shape)}")
         codes_Bhw = codes_Bhw.to(torch.int64)
         if codes_Bhw.numel() and not 0 <= int(codes_Bhw.min()) <= int(codes_Bhw.max()) < self.codebook_size:
             raise DataError(
@@ -245,7 +245,8 @@ def load_frame_tokenizer(folder: Path, device: str | torch.device = "cpu") -> Fr
     if kind != (FORMAT, VERSION, ARCHITECTURE):
         raise DataError(
             f"{path}: format, version, architecture {list(kind)}, "
-            f"expected {[FORMAT, VERSION, ARCHITECTURE]}; train a frame tokenizer with launch/train_tokenizer.py frames"
+            f"expected {[FORMAT, VERSION, ARCHITECTURE]}; "
+            "train a frame tokenizer with launch/train_tokenizer.py frames"
         )
     try:
         values = {**stored["config"], "levels": tuple(stored["config"]["levels"])}
@@ -283,9 +284,7 @@ def _load_weights(tokenizer: ConvTokenizer, path: Path) -> None:
     except OSError as error:
         raise DataError(f"{path}: {error}; a frame tokenizer has two files") from error
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise DataError(
-            f"{path}: damaged or of another configuration ({error}); copy it again or retrain"
-        ) from error
+        raise DataError(f"{path}: damaged or of another configuration ({error}); copy it again or retrain") from error
 
 
 def _fingerprint(config: ConvTokenizerConfig, weights: Mapping[str, Tensor]) -> str:
@@ -303,8 +302,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
-            f"{path}: {error.strerror}; is {path.parent} a frame tokenizer folder "
-            "(launch/train_tokenizer.py frames)?"
+            f"{path}: {error.strerror}; is {path.parent} a frame tokenizer folder (launch/train_tokenizer.py frames)?"
         ) from error
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); the file is damaged") from error

@@ -152,8 +152,5 @@ class EMAVQ(nn.Module):
         z_MD = z_BhwD.reshape(-1, self.dim)
         norms_K = self.embedding_KD.square().sum(-1)
         rows = max(1, _DISTANCE_BLOCK // self.codebook_size)
-        blocks = [
-            torch.argmin(norms_K - 2 * (block_MD @ self.embedding_KD.T), dim=-1)
-            for block_MD in z_MD.split(rows)
-        ]
+        blocks = [torch.argmin(norms_K - 2 * (block_MD @ self.embedding_KD.T), dim=-1) for block_MD in z_MD.split(rows)]
         return torch.cat(blocks).view(z_BhwD.shape[:-1])

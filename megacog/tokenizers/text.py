@@ -72,8 +72,7 @@ def check_template(template: str) -> None:
         slow, fast = rate_text(template, 4.0), rate_text(template, 2.0)
     except (KeyError, IndexError, ValueError) as error:
         raise ConfigError(
-            f"rate template {template!r} cannot be formatted ({error!r}); "
-            "it may use {span} and {fps} only"
+            f"rate template {template!r} cannot be formatted ({error!r}); it may use {{span}} and {{fps}} only"
         ) from error
     if slow == fast:
         raise ConfigError(
@@ -315,9 +314,7 @@ def _train_model(
     return buffer.getvalue()
 
 
-def _report(
-    tokenizer: TextTokenizer, texts: Sequence[str], rates: Sequence[str], vocab_size: int
-) -> dict[str, Any]:
+def _report(tokenizer: TextTokenizer, texts: Sequence[str], rates: Sequence[str], vocab_size: int) -> dict[str, Any]:
     lengths, unknown, total = [], 0, 0
     for text in texts:
         ids = tokenizer.encode(text, None)
@@ -359,8 +356,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
-            f"{path}: {error.strerror}; is {path.parent} a text tokenizer folder "
-            "(launch/train_tokenizer.py text)?"
+            f"{path}: {error.strerror}; is {path.parent} a text tokenizer folder (launch/train_tokenizer.py text)?"
         ) from error
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); the file is damaged") from error
