@@ -46,7 +46,9 @@ def settings(inputs: Path, run_dir: Path, stage: str = "sequential", **train: An
             "attention": {"interpolation": {"kind": "shifted_window", "window": [2, 2]}},
         },
         "tokenizer": {"text": str(inputs / "text"), "frames": str(inputs / "frames")},
-        "data": {"train": [{"path": str(inputs / "train.h5")}], "eval": [{"path": str(inputs / "eval.h5")}], "workers": 0},
+        "data": {
+            "train": [{"path": str(inputs / "train.h5")}], "eval": [{"path": str(inputs / "eval.h5")}], "workers": 0,
+        },
         "train": {
             "stage": stage, "run_dir": str(run_dir), "steps": 8, "global_batch_size": 8, "micro_batch_size": 2,
             "precision": "fp32", "learning_rate": 1e-2, "warmup_steps": 2, "eval_every": 4, "eval_batches": 2,

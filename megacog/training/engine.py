@@ -192,7 +192,20 @@ class DeepSpeedEngine:
     def _step_with_zero(self) -> bool:
         self._engine.step()
         self.grad_norm = float(self._engine.get_global_grad_norm())
-        return bool(self._engine.was_step_applied())
+        applied = bool(self._engine.was_step_applied())
+        if applied and not self._has_states:
+            self._link_states()
+        return applied
+
+    def _link_states(self) -> None:
+        """Let DeepSpeed's getters find the state of every parameter group.
+
+        ZeRO 1 and 2 link states after the step of the first group, when the second has none yet.
+        """
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
 
     def _step_without_zero(self) -> bool:
         trained = [p for p in self._parameters.values() if p.grad is not None]

@@ -47,7 +47,7 @@ class Guard:
             return
         what = f"step {step}: loss {loss}, gradient norm {grad_norm}; this rank's samples: {', '.join(sample_ids)}"
         if applied:
-            raise NonFiniteError(f"{what}. The step was applied, the weights are no longer usable: resume a checkpoint.")
+            raise NonFiniteError(f"{what}. The step was applied, the weights are spoiled: resume a checkpoint.")
         self.consecutive += 1
         self.skipped += 1
         log.warning("%s. Step skipped (%d in a row).", what, self.consecutive)

@@ -181,7 +181,9 @@ def resolve(config: Config, tokenizers: Tokenizers) -> Config:
     model, text, frames = config.model, tokenizers.text, tokenizers.frames
     problems = []
     if text.vocab_size > model.text_vocab_size:
-        problems.append(f"model.text_vocab_size {model.text_vocab_size} < {text.vocab_size} pieces of {config.tokenizer.text}")
+        problems.append(
+            f"model.text_vocab_size {model.text_vocab_size} < {text.vocab_size} pieces of {config.tokenizer.text}"
+        )
     if frames.codebook_size != model.image_vocab_size:
         problems.append(
             f"model.image_vocab_size {model.image_vocab_size} is not the codebook_size {frames.codebook_size} "
@@ -319,7 +321,8 @@ def announce(config: Config, ranks: Ranks, groups: ProcessGroups, accumulation: 
     log.info("%s", tables)
     log.info(
         "%s | %d ranks by %s: tensor %d x data %d | engine %s | %s",
-        describe_device(), ranks.world_size, ranks.source, groups.tensor.size, groups.data_size, engine, train.precision,
+        describe_device(), ranks.world_size, ranks.source, groups.tensor.size, groups.data_size, engine,
+        train.precision,
     )  # fmt: skip
     log.info(
         "batch %d = micro %d x accumulation %d x data-parallel ranks %d | stage %s | %d steps | output in %s",

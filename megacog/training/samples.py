@@ -83,7 +83,8 @@ class Sampler:
 
     def _encode(self, prompts: list[str], span: float | None) -> tuple[Tensor, Tensor]:
         model = self.config.model
-        return self.text.pad([self.text.encode(prompt, span, model.num_frames) for prompt in prompts], model.text_length)
+        ids = [self.text.encode(prompt, span, model.num_frames) for prompt in prompts]
+        return self.text.pad(ids, model.text_length)
 
     def _run(
         self,
