@@ -12,7 +12,7 @@ from megacog.config.schema import Config, ModelConfig, Stage
 from megacog.data.dataset import Source, Texts, open_sources
 from megacog.data.rates import RateRule
 from megacog.data.shards import Shard
-from megacog.errors import DataError
+from megacog.errors import ConfigError, DataError
 from megacog.model.layout import stage_layout
 from megacog.tokenizers.text import TextTokenizer
 
@@ -89,6 +89,7 @@ def check_data(
         text: text tokenizer; None = the one of `tokenizer.text`.
 
     Raises:
+        ConfigError: the text tokenizer has more pieces than the model's text embedding.
         DataError: shards are missing, damaged, of another tokenizer, grid or codebook, or share clips
             between training and evaluation; a source is empty; a caption is too long.
     """
@@ -97,6 +98,11 @@ def check_data(
     held_out = open_sources(config.data.eval, "data.eval") if config.data.eval else []
     _check_metas([*train, *held_out], config.model, frame_tokenizer_fingerprint)
     _check_disjoint(train, held_out)
+    if text.vocab_size > config.model.text_vocab_size:
+        raise ConfigError(
+            f"the text tokenizer has {text.vocab_size} pieces, model.text_vocab_size is "
+            f"{config.model.text_vocab_size}. Raise model.text_vocab_size to {text.vocab_size} or more."
+        )
     rule = _rule(config, config.train.stage)
     texts = Texts(text, rule.frames)
     if config.data.caption_dropout and config.train.stage != "base":

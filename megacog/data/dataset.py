@@ -29,6 +29,8 @@ from megacog.tokenizers.text import TextTokenizer
 # Evaluation sees the same samples in every run, whatever its seed.
 EVALUATION_SEED = 20220529
 _CACHED_CAPTIONS = 1 << 16
+# Processes may usually open 1024 files.
+_OPEN_SHARDS = 256
 
 
 class Source:
@@ -122,6 +124,7 @@ class StageDataset:
         self.rule = RateRule(train.stage, self.layout.grid.frames, data.rates, data.base_frame)
         self.codebook_size = config.model.image_vocab_size
         self.texts = Texts(text, self.layout.grid.frames)
+        self._open: dict[Shard, None] = {}  # in the order of last use
         self._seed = train.seed if training else EVALUATION_SEED
         self._dropout = data.caption_dropout if training else 0.0
         self._corruption = train.context_corruption if training and self.layout.given_frames else 0.0
@@ -171,12 +174,22 @@ class StageDataset:
         rates = self.rule.feasible(length, float(source.fps[clip]), self.min_fps[phase])
         window = self.rule.window(length, rates, numbers[:3])
         shard, local = source.locate(clip)
+        self._mark_used(shard)
         codes_TP = shard.read(local, window.indices).reshape(window.frames, -1)
         dropped = unit(numbers[3]) < self._dropout
         caption = self.texts.null if dropped else self.texts.caption(shard, local)
         text = [*self.texts.rate(window.span_seconds), *caption]
         context_TP = self._corrupt(codes_TP, numbers[4:6]) if self._corruption else codes_TP
         return text, codes_TP, context_TP, window.fps, _sample_id(shard.clip_ids[local], window)
+
+    def _mark_used(self, shard: Shard) -> None:
+        """Closes the shard that was not used for longest when too many are open."""
+        self._open.pop(shard, None)
+        self._open[shard] = None
+        if len(self._open) > _OPEN_SHARDS:
+            oldest = next(iter(self._open))
+            oldest.close()
+            del self._open[oldest]
 
     def _corrupt(self, codes_TP: NDArray[Any], numbers: Sequence[int]) -> NDArray[Any]:
         """Returns a copy in which a share of the given frames' codes is drawn anew from the codebook."""

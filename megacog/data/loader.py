@@ -9,9 +9,11 @@ import ctypes
 import itertools
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megacog.config.schema import Config
@@ -43,7 +45,7 @@ class TrainingBatches(Iterator[Batch]):
         order = _Order(start_step, plan.accumulation)
         self._iterator: Iterator[BatchArrays | MegacogError] | None
         if config.data.workers:
-            self._iterator = iter(_data_loader(dataset, order, config.data.workers))
+            self._iterator = _start_workers(dataset, order, config.data.workers)
         else:
             self._iterator = map(dataset.__getitem__, order)
 
@@ -146,17 +148,23 @@ class _MicroBatches(Dataset[Any]):
             return error
 
 
-def _data_loader(dataset: _MicroBatches, order: _Order, workers: int) -> DataLoader[Any]:
+def _start_workers(dataset: _MicroBatches, order: _Order, workers: int) -> Iterator[Any]:
+    """Returns the micro batches in order, made by loader processes."""
     # Forked processes share the opened shards' arrays with this one; no tensor is used in them.
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        worker_init_fn=_start_worker,
-        multiprocessing_context="fork",
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=order,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork",
+            # Without its own generator DataLoader draws from torch's global one, which dropout uses.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
 
 
 def _unchanged(arrays: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from megacog.config.schema import Config
 from megacog.data.check import check_data, rate_table
 from megacog.data.dataset import StageDataset, open_sources
-from megacog.errors import DataError
+from megacog.errors import ConfigError, DataError
 from megacog.tokenizers.text import TextTokenizer
 
 Write = Callable[..., Path]
@@ -141,3 +141,11 @@ def test_the_base_stage_has_one_row_without_a_rate(write_clips: Write, make_conf
     config = make_config([write_clips("a.h5", CLIPS)])
     (row,) = rate_table(config, stage="base")
     assert (row.fps, row.clips, row.share) == (None, 2, pytest.approx(1))
+
+
+def test_a_text_embedding_with_fewer_rows_than_pieces_is_refused(
+    write_clips: Write, make_config: Make, text: TextTokenizer
+) -> None:
+    config = make_config([write_clips("a.h5", CLIPS)], model={"text_vocab_size": text.vocab_size - 1})
+    with pytest.raises(ConfigError, match=f"Raise model.text_vocab_size to {text.vocab_size}"):
+        check_data(config)

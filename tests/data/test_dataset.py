@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,3 +202,28 @@ def test_without_evaluation_data_there_is_nothing_to_evaluate(
 ) -> None:
     config = make_config([write_clips("a.h5", CLIPS)])
     assert evaluation_batches(config, text, data_rank=0, data_size=1, count=4) == []
+
+
+def test_no_more_files_are_open_than_allowed(
+    write_clips: Write, make_config: Make, text: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(6):
+        path = write_clips(f"set-{index:05d}-of-00006.h5", [(f"{index}", 9, 8.0)])
+    dataset = stage_dataset(make_config([path.parent / "set-*.h5"]), text)
+    whole = dataset.batch(0, range(40))
+
+    def open_shards() -> int:
+        links = (os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd))
+        return sum(link.startswith(str(path.parent)) for link in links)
+
+    assert open_shards() == 6
+    monkeypatch.setattr("megacog.data.dataset._OPEN_SHARDS", 2)
+    limited = stage_dataset(make_config([path.parent / "set-*.h5"]), text)
+    before = open_shards()
+    batch = limited.batch(0, range(40))
+    assert open_shards() - before == 2
+    np.testing.assert_array_equal(batch.frames_BTP, whole.frames_BTP)
+
+
+def _is_open(descriptor: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")

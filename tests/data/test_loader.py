@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,3 +152,28 @@ def test_closed_batches_say_so(write_clips: Write, make_config: Make, text: Text
     batches.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_never_touches_the_random_numbers_of_the_model(
+    write_clips: Write, make_config: Make, text: TextTokenizer, workers: int
+) -> None:
+    config = make_config([write_clips("a.h5", CLIPS)], train={"context_corruption": 0.5}, data={"workers": workers})
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    take(config, text, 3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+def test_the_random_numbers_of_the_model_never_touch_loading(
+    write_clips: Write, make_config: Make, text: TextTokenizer
+) -> None:
+    config = make_config([write_clips("a.h5", CLIPS)], train={"context_corruption": 0.5})
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    first = take(config, text, 4)
+    torch.manual_seed(2)
+    random.seed(2)
+    np.random.seed(2)
+    assert_same(first, take(config, text, 4))
