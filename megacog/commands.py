@@ -1,0 +1,44 @@
+"""The console commands that `pip install` puts on the PATH (see setup.py).
+
+Each loads its part of megacog only when it is called and turns user errors into one message and an
+exit code. `launch/*.py` are the same commands for use from the repository.
+"""
+
+from __future__ import annotations
+
+from megacog.runtime.cli import run
+
+
+def pretrain() -> None:
+    """Exit with the code of `megacog.training.pretrain.main`."""
+    from megacog.training.pretrain import main
+
+    run(main)
+
+
+def prepare() -> None:
+    """Exit with the code of `megacog.prepare.main.main`."""
+    from megacog.prepare.main import main
+
+    run(main)
+
+
+def train_tokenizer() -> None:
+    """Exit with the code of `megacog.prepare.train_tokenizer.main`."""
+    from megacog.prepare.train_tokenizer import main
+
+    run(main)
+
+
+def infer() -> None:
+    """Exit with the code of `megacog.generation.infer.main`."""
+    from megacog.generation.infer import main
+
+    run(main)
+
+
+def evaluate() -> None:
+    """Exit with the code of `megacog.evaluation.evaluate.main`."""
+    from megacog.evaluation.evaluate import main
+
+    run(main)
