@@ -141,3 +141,62 @@ def test_the_environment_script_prefers_the_active_environment(tmp_path: Path) -
     assert bash(show, tmp_path, environ).stdout.strip() == str(local / "python")
     with_active = {**environ, "VIRTUAL_ENV": str(tmp_path / "active")}
     assert bash(show, tmp_path, with_active).stdout.strip() == str(active / "python")
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> tuple[dict[str, str], Path]:
+    """An active environment whose pip writes its arguments to a file, and fails where `fail` is in the way."""
+    environment = tmp_path / "env"
+    venv.create(environment, with_pip=False)
+    calls = tmp_path / "pip-calls"
+    (environment / "bin" / "python").unlink()
+    (environment / "bin" / "python").write_text(
+        f"""#!/bin/bash
+if [ "$1 $2" = "-m pip" ]; then
+    echo "$@" >>{calls}
+    [ "$3" != install ] || [ ! -e {tmp_path}/fail ]
+    exit
+fi
+exec {environment}/bin/python3 "$@"
+"""
+    )
+    (environment / "bin" / "python").chmod(0o755)
+    (environment / "bin" / "python3").unlink(missing_ok=True)
+    (environment / "bin" / "python3").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
+    dropped = ("TORCH_INDEX_URL", "TORCH_VERSION")
+    environ = {name: value for name, value in bare_environment(tmp_path).items() if name not in dropped}
+    return {**environ, "VIRTUAL_ENV": str(environment)}, calls
+
+
+def test_only_torch_is_taken_from_the_torch_index_and_it_comes_first(
+    recorded: tuple[dict[str, str], Path],
+) -> None:
+    environ, calls = recorded
+    url = "https://user:secret@example.org/simple"
+    result = bash("bash launch/install.sh --target cpu", ROOT, {**environ, "TORCH_INDEX_URL": url})
+    assert result.returncode == 0, result.stderr
+    torch, rest = [line for line in calls.read_text().splitlines() if " install " in line]
+    assert f"--index-url {url} --no-deps torch==2.13.0" in torch
+    assert "example.org" not in rest and rest.endswith("-e .[logging,demo]")
+    assert "from https://example.org/simple" in result.stdout and "secret" not in result.stdout
+
+
+def test_an_install_that_fails_is_not_taken_for_done(
+    recorded: tuple[dict[str, str], Path], tmp_path: Path
+) -> None:
+    environ, calls = recorded
+    (tmp_path / "fail").touch()
+    broken = bash("bash launch/install.sh --target cpu", ROOT, environ)
+    assert broken.returncode != 0
+    assert not (tmp_path / "env" / ".megacog-install").exists()
+    (tmp_path / "fail").unlink()
+    assert bash("bash launch/install.sh --target gpu --dev", ROOT, environ).returncode != 0  # no torch with CUDA
+    assert calls.read_text().splitlines()[-1].endswith("-e .[logging,demo,gpu,dev]")
+
+
+def test_the_scripts_explain_themselves_and_refuse_unknown_options() -> None:
+    for script in ("install.sh", "test.sh"):
+        shown = bash(f"bash launch/{script} --help", ROOT, dict(os.environ))
+        assert shown.returncode == 0 and f"bash launch/{script} [" in shown.stdout
+        refused = bash(f"bash launch/{script} --nonsense", ROOT, dict(os.environ))
+        assert refused.returncode == 2 and "unknown option --nonsense" in refused.stderr
