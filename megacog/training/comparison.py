@@ -1,0 +1,125 @@
+"""Are all engines the same optimizer? The same small model and data through each, step by step.
+
+Used by the tests and by `launch/prove.py engines`. The measure is the largest relative difference of
+losses and gradient norms against the plain engine on one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megacog.config.schema import Config, ModelConfig
+from megacog.model.init import initialize_base, initialize_plus
+from megacog.model.layout import stage_layout
+from megacog.model.transformer import CogVideo
+from megacog.parallel.groups import ProcessGroups
+from megacog.parallel.tensor import TensorParallel
+from megacog.training.engine import Engine, build_engine
+from megacog.training.schedule import learning_rate
+
+GLOBAL_BATCH, MICRO_BATCH = 8, 2
+CLIP = 0.01
+ENGINES: tuple[tuple[str, int], ...] = (
+    ("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3),
+)  # fmt: skip
+"""Engine and ZeRO stage."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One engine against the plain engine on one rank."""
+
+    engine: str
+    loss: float
+    """Largest |a - b| / |b| over all steps."""
+    grad_norm: float
+    clipped: bool
+    """Clipping was active in every step."""
+
+
+def small_config(engine: str, zero_stage: int, tensor: int, steps: int, precision: str = "fp32") -> Config:
+    """A run of the sequential stage: two layers, width 32, 4 x 4 codes per frame, 8 text tokens."""
+    model = {
+        "num_layers": 2, "hidden_size": 32, "num_heads": 4, "grid": (4, 4), "text_length": 8, "text_positions": 8,
+        "image_vocab_size": 21, "text_vocab_size": 17, "boi_id": 3, "inherit": "none",
+    }  # fmt: skip
+    train = {
+        "stage": "sequential", "run_dir": "none", "engine": engine, "zero_stage": zero_stage, "steps": steps,
+        "global_batch_size": GLOBAL_BATCH, "micro_batch_size": MICRO_BATCH, "precision": precision,
+        "learning_rate": 2e-3, "warmup_steps": 5, "gradient_clip": CLIP, "weight_decay": 0.01,
+    }  # fmt: skip
+    # Small tensors would otherwise stay whole under ZeRO 3, and nothing would be compared.
+    partition_all = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    return Config.model_validate(
+        {
+            "model": model,
+            "tokenizer": {"text": "none", "frames": "none"},
+            "train": train,
+            "parallel": {"tensor": tensor},
+            "deepspeed": partition_all if zero_stage == 3 else {},
+        }
+    )
+
+
+def small_engine(config: Config, groups: ProcessGroups) -> Engine:
+    """An engine over the small model, initialized the same for every number of ranks."""
+    model = CogVideo(config.model, ("sequential",), groups.tensor)
+    initialize_base(model, seed=1)
+    initialize_plus(model, "sequential", "copy", seed=1)
+    model.trainable("sequential")
+    return build_engine(config, model, groups, GLOBAL_BATCH // (MICRO_BATCH * groups.data_size))
+
+
+def run_step(engine: Engine, config: Config, groups: ProcessGroups, step: int) -> tuple[float, float]:
+    """One optimizer step (from 1) on data that depends on the step only; mean loss and gradient norm."""
+    text_BL, valid_BL, codes_BTP = _data(config.model, step)
+    accumulation = GLOBAL_BATCH // (MICRO_BATCH * groups.data_size)
+    mean = torch.zeros(())
+    for micro in range(accumulation):
+        first = (micro * groups.data_size + groups.data_rank) * MICRO_BATCH
+        rows = slice(first, first + MICRO_BATCH)
+        output = engine.forward(
+            text_BL=text_BL[rows], text_valid_BL=valid_BL[rows], frames_BTP=codes_BTP[rows], stage="sequential"
+        )
+        engine.backward(output.loss)
+        mean += output.loss.detach() / accumulation
+    engine.step(learning_rate(step, config.train))
+    if groups.data_size > 1:
+        dist.all_reduce(mean, group=groups.data_group)
+        mean /= groups.data_size
+    return float(mean), engine.grad_norm
+
+
+def train(config: Config, groups: ProcessGroups) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step."""
+    engine = small_engine(config, groups)
+    return [run_step(engine, config, groups, step) for step in range(1, config.train.steps + 1)]
+
+
+def compare_engines(groups: ProcessGroups, steps: int) -> list[Difference]:
+    """Every engine on these ranks against the plain engine on one rank (which each rank runs for itself)."""
+    alone = ProcessGroups(TensorParallel(), 0, 1, None)
+    expected = train(small_config("torch", 0, 1, steps), alone)
+    found = []
+    for engine, zero_stage in ENGINES:
+        actual = train(small_config(engine, zero_stage, groups.tensor.size, steps), groups)
+        loss, norm = (
+            max(abs(a[index] - b[index]) / abs(b[index]) for a, b in zip(actual, expected, strict=True))
+            for index in (0, 1)
+        )
+        name = "torch" if engine == "torch" else f"deepspeed ZeRO {zero_stage}"
+        found.append(Difference(name, loss, norm, all(norm > CLIP for _, norm in expected)))
+    return found
+
+
+def _data(model: ModelConfig, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step % 10)  # ten batches, again and again: something to learn
+    grid = stage_layout(model, "sequential").grid
+    text_BL = torch.randint(0, model.text_vocab_size, (GLOBAL_BATCH, model.text_length), generator=generator)
+    valid_BL = torch.ones_like(text_BL, dtype=torch.bool)
+    valid_BL[::2, : model.text_length // 2] = False
+    codes = (GLOBAL_BATCH, grid.frames, grid.cells)
+    return text_BL, valid_BL, torch.randint(0, model.image_vocab_size, codes, generator=generator)

@@ -1,0 +1,118 @@
+"""What the ranks of distributed tests do: `python tests/rank_jobs.py JOB FOLDER ...`; rank 0 writes result.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megacog.checkpoint.discovery import find_checkpoint
+from megacog.config.schema import Config
+from megacog.parallel.groups import ProcessGroups, build_process_groups
+from megacog.training.comparison import compare_engines, run_step, small_config, small_engine
+from megacog.training.engine import Engine
+from megacog.training.pretrain import example_inputs
+from megacog.training.state import RunState, load_checkpoint, shapes_of
+
+STEPS = 4
+
+
+def compare(folder: Path, steps: str, *tensor_sizes: str) -> dict[str, Any]:
+    """Differences of every engine, by tensor-parallel size."""
+    return {
+        size: [dataclasses.asdict(row) for row in compare_engines(build_process_groups(int(size)), int(steps))]
+        for size in tensor_sizes
+    }
+
+
+def resume(folder: Path, tensor: str, *engines: str) -> dict[str, Any]:
+    """By engine (name-zero-precision): are losses and states after 4 + resume + 4 steps bitwise those of 8?"""
+    groups = build_process_groups(int(tensor))
+    found = {}
+    for name in engines:
+        engine, zero_stage, precision = name.split("-")
+        config = small_config(engine, int(zero_stage), int(tensor), 2 * STEPS, precision)
+        run_dir = folder / f"{name}-tensor-{tensor}"
+        train = config.train.model_copy(update={"run_dir": str(run_dir)})
+        found[name] = resumes_bitwise(config.model_copy(update={"train": train}), groups)
+    return found
+
+
+def resumes_bitwise(config: Config, groups: ProcessGroups) -> dict[str, bool]:
+    first, state = start(config, groups, None)
+    for step in range(1, STEPS + 1):
+        run_step(first, config, groups, step)
+    state.save(STEPS)
+    expected = [run_step(first, config, groups, step) for step in range(STEPS + 1, 2 * STEPS + 1)]
+    second, _ = start(config, groups, find_checkpoint(state.run_dir, "must"))
+    actual = [run_step(second, config, groups, step) for step in range(STEPS + 1, 2 * STEPS + 1)]
+    return {"losses": actual == expected, "states": same_states(first, second)}
+
+
+def start(config: Config, groups: ProcessGroups, checkpoint: Any) -> tuple[Engine, RunState]:
+    """An engine, fresh or resumed."""
+    from megacog.training.engine import build_engine
+
+    fresh = small_engine(config, groups)
+    model = fresh.model
+    if checkpoint is None:
+        shapes = {name: shape for name, shape in whole_shapes(config, groups).items()}
+        return fresh, RunState(config, fresh, groups, shapes, {}, {}, (None, []))
+    from megacog.model.transformer import CogVideo
+
+    model = CogVideo(config.model, ("sequential",), groups.tensor)
+    model = model.to(torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    model.trainable("sequential")
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    shapes = shapes_of(model)
+    resumed = load_checkpoint(Path(config.train.run_dir), *checkpoint, config, model)
+    engine = build_engine(config, model, groups, 8 // (2 * groups.data_size))
+    state = RunState(config, engine, groups, shapes, {}, {}, (None, []))
+    assert state.restore(resumed, example_inputs(config, torch.device("cpu"))) == STEPS
+    return engine, state
+
+
+def whole_shapes(config: Config, groups: ProcessGroups) -> dict[str, list[int]]:
+    from megacog.model.transformer import CogVideo
+
+    with torch.device("meta"):
+        return shapes_of(CogVideo(config.model, ("sequential",), groups.tensor))
+
+
+def same_states(one: Engine, other: Engine) -> bool:
+    """Whether all parameters and optimizer states are bitwise equal (tensor by tensor)."""
+    same = True
+    for name, parameter in one.model.named_parameters():
+        if parameter.requires_grad:
+            a, b = one.get_state(name), other.get_state(name)
+            same &= a.keys() == b.keys() and all(torch.equal(a[field], b[field]) for field in a)
+        else:
+            same &= torch.equal(one.weight(name), other.weight(name))
+    return same
+
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {"compare": compare, "resume": resume}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    job, folder, *arguments = sys.argv[1:]
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    result = JOBS[job](Path(folder), *arguments)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, result)
+    if dist.get_rank() == 0:
+        (Path(folder) / "result.json").write_text(json.dumps(everyone))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

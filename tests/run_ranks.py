@@ -1,0 +1,102 @@
+"""Starts several ranks of a program and waits for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Exit codes and outputs, in rank order."""
+
+    codes: list[int]
+    outputs: list[str]
+
+    def assert_success(self) -> None:
+        for rank, (code, output) in enumerate(zip(self.codes, self.outputs, strict=True)):
+            assert code == 0, f"rank {rank} exited with {code}:\n{output[-4000:]}"
+
+
+class Ranks:
+    """Processes with a torchrun-like environment; all are gone when the context ends.
+
+    Args:
+        arguments: What python runs, e.g. ["launch/pretrain.py", "--config", "x.yaml"].
+        world_size: How many ranks.
+        folder: Where outputs go.
+    """
+
+    def __init__(self, arguments: list[str], world_size: int, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"rank-{rank}.log" for rank in range(world_size)]
+        self._arguments = arguments
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Ranks:
+        port, world_size = free_port(), len(self.logs)
+        for rank, path in enumerate(self.logs):
+            place = {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            environment = python_environment() | {name: str(value) for name, value in place.items()}
+            with open(path, "wb") as log:
+                command = [sys.executable, *self._arguments]
+                self.processes.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+                    )
+                )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def wait(self, timeout: float) -> Finished:
+        """Wait for all ranks; those that run longer than `timeout` seconds are killed and count as failed.
+
+        When one rank fails the others get ten more seconds, as they may hang in a collective.
+        """
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            codes = [process.poll() for process in self.processes]
+            if None not in codes:
+                break
+            if any(codes):
+                deadline = min(deadline, time.monotonic() + 10)
+            time.sleep(0.05)
+        self.__exit__()
+        return Finished([process.returncode for process in self.processes], [log.read_text() for log in self.logs])
+
+
+def run_ranks(arguments: list[str], world_size: int, folder: Path, timeout: float = 240) -> Finished:
+    """Run all ranks to their end."""
+    with Ranks(arguments, world_size, folder) as ranks:
+        return ranks.wait(timeout)
+
+
+def python_environment() -> dict[str, str]:
+    """This process's environment with the repository importable and one thread per process."""
+    rank_variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in rank_variables}
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
