@@ -1,0 +1,323 @@
+"""`launch/prepare.py`: videos and captions to shards (run), a look into them (inspect), a check (verify).
+
+Heavy packages are imported by the sub-command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megacog.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megacog.prepare.pipeline import Summary
+    from megacog.prepare.sources import Source
+
+_ROWS_SHOWN = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the sub-command and returns its exit code."""
+    from megacog.runtime import log
+
+    argv = sys.argv[1:] if argv is None else list(argv)
+    log.setup()
+    if argv[:1] == ["digits"]:
+        from megacog.prepare.digits import main as digits
+
+        return digits(argv[1:]) or 0
+    options = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = options.command
+    return command(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prepare.py", description="Make, inspect and verify shards of coded videos."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands.add_parser("run", help="videos + captions -> shards", description=_RUN))
+    _add_inspect(
+        commands.add_parser("inspect", help="statistics and contact sheet of shards", description=_INSPECT)
+    )
+    verify = commands.add_parser(
+        "verify",
+        help="check every byte of shards",
+        description="Check every byte of shards. Exit code 1 if any is bad.",
+    )
+    verify.add_argument("shards", nargs="+", metavar="SHARD", help="shard files or quoted glob patterns")
+    verify.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    verify.set_defaults(command=_verify)
+    commands.add_parser("digits", help="make the demo corpus of moving digits (prepare.py digits --help)")
+    return parser
+
+
+_RUN = """Decode, resample, crop and code the videos of a caption file into HDF5 shards. A stopped run
+continues when the same command is given again. Rows without a clip are listed in failed.jsonl beside the
+shards, with reasons."""
+_INSPECT = """Print statistics of shards; with --tokenizer and --sheet draw clips decoded back from their codes;
+with --config print the clips x rates table under that training config, of the shards named or of its own."""
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("captions", type=Path, help=".csv or .tsv (header video,caption) or .jsonl (objects), UTF-8")
+    add(
+        "--out", type=Path, required=True, metavar="DIR/STEM", help="shards become DIR/STEM-00000-of-000NN.h5"
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="frame tokenizer (launch/train_tokenizer.py)",
+    )
+    add("--root", type=Path, help="folder that video paths start from (default: the caption file's)")
+    add("--video-column", help="column or key with the video's path (default: video or the like)")
+    add("--caption-column", help="column or key with the caption (default: caption or the like)")
+    add("--allow-absolute", action="store_true", help="allow paths and links that lead out of the root")
+    add(
+        "--fps",
+        type=_positive,
+        default=8.0,
+        help="rate of stored frames; slower videos keep theirs (default: 8)",
+    )
+    add("--folder-fps", type=_positive, help="rate of folders of frames (png, jpg)")
+    add("--size", type=_size, default=(32, 32), metavar="N|HxW", help="pixels of stored frames (default: 32)")
+    add(
+        "--workers",
+        type=_count,
+        default=len(os.sched_getaffinity(0)),
+        help="decoders (default: number of cores)",
+    )
+    add(
+        "--clips-per-shard",
+        type=_count,
+        default=1000,
+        help="rows of the caption file per shard (default: 1000)",
+    )
+    add(
+        "--eval-fraction",
+        type=_fraction,
+        default=0.0,
+        help="share of videos for STEM-eval; the rest is STEM-train",
+    )
+    add(
+        "--timeout",
+        type=_positive,
+        default=60.0,
+        help="seconds that decoding one video may take (default: 60)",
+    )
+    add("--memory-gib", type=_positive, default=4.0, help="address space of one decoder (default: 4)")
+    add(
+        "--max-frames", type=_count, default=2048, help="refuse clips with more stored frames (default: 2048)"
+    )
+    add("--max-pixels", type=_count, default=1 << 25, help="refuse larger source frames (default: 33554432)")
+    add("--batch", type=_count, default=64, help="frames coded at once (default: 64)")
+    add("--device", default="cpu", help="where frames are coded: cpu, cuda, ... (default: cpu)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="remove shards that an earlier run made under this stem first",
+    )
+    add("--json", action="store_true", help="print the summary as one JSON object")
+    parser.set_defaults(command=_run)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "shards",
+        nargs="*",
+        metavar="SHARD",
+        help="shard files or quoted glob patterns (default: --config's data.train)",
+    )
+    add("--tokenizer", type=Path, metavar="FOLDER", help="frame tokenizer that made the shards, for --sheet")
+    add("--sheet", type=Path, metavar="PNG", help="contact sheet to write")
+    add("--clips", type=_count, default=8, help="clips on the sheet (default: 8)")
+    add("--frames", type=_count, default=8, help="frames of a clip on the sheet (default: 8)")
+    add(
+        "--config", type=Path, metavar="YAML", help="print the clips x rates table under this training config"
+    )
+    add(
+        "--code-frames", type=int, default=100_000, help="frames to count codes in, 0 = all (default: 100000)"
+    )
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(command=_inspect)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from megacog.prepare.decode import DecodeSettings
+    from megacog.prepare.pipeline import PrepareSettings, prepare
+    from megacog.prepare.sources import read_source
+    from megacog.prepare.workers import WorkerLimits
+    from megacog.runtime.log import get_logger
+
+    if not options.out.name or options.out.name in (".", ".."):
+        raise ConfigError(f"--out {options.out} names no stem; give a folder and a name, e.g. data/clips")
+    source = read_source(
+        options.captions, options.video_column, options.caption_column, options.allow_absolute
+    )
+    root = (options.root or options.captions.parent).resolve()
+    if not root.is_dir():
+        raise DataError(f"--root {root} is no folder")
+    if not options.json:
+        _show_source(source, root)
+    height, width = options.size
+    settings = PrepareSettings(
+        out=options.out,
+        decode=DecodeSettings(
+            fps=options.fps,
+            height=height,
+            width=width,
+            root=str(root),
+            allow_absolute=options.allow_absolute,
+            folder_fps=options.folder_fps,
+            max_frames=options.max_frames,
+            max_pixels=options.max_pixels,
+        ),
+        limits=WorkerLimits(options.timeout, int(options.memory_gib * 2**30)),
+        workers=options.workers,
+        clips_per_shard=options.clips_per_shard,
+        eval_fraction=options.eval_fraction,
+        batch=options.batch,
+        overwrite=options.overwrite,
+    )
+    from megacog.tokenizers.frames import load_frame_tokenizer
+
+    try:
+        summary = prepare(source, load_frame_tokenizer(options.tokenizer, options.device), settings)
+    except KeyboardInterrupt:
+        get_logger(__name__).warning("stopped; finished shards are kept, the same command continues")
+        raise
+    _show_summary(summary, options.json)
+    return 0
+
+
+def _show_source(source: Source, root: Path) -> None:
+    print(
+        f"{source.path}: {len(source.rows)} rows, {len(source.failures)} bad ones; video = column "
+        f"{source.video_column!r}, caption = column {source.caption_column!r}"
+    )
+    for row in source.rows[:_ROWS_SHOWN]:
+        state = "found" if (root / row.clip_id).exists() else "MISSING"
+        print(f"  line {row.line}: {root / row.clip_id} ({state}) {row.caption[:60]!r}")
+
+
+def _show_summary(summary: Summary, as_json: bool) -> None:
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "shards": [str(path) for path in summary.shards],
+                    "clips": summary.clips,
+                    "frames": summary.frames,
+                    "hours": summary.hours,
+                    "bytes": summary.num_bytes,
+                    "failed": summary.failed,
+                    "failed_path": str(summary.failed_path) if summary.failed_path else None,
+                    "seconds": summary.seconds,
+                    "earlier": summary.earlier,
+                }
+            )
+        )
+        return
+    if summary.earlier:
+        print("prepared earlier with these settings; --overwrite would make it again")
+    for path in summary.shards:
+        print(f"  {path}")
+    failed = f"{summary.failed} failed (see {summary.failed_path})" if summary.failed else "0 failed"
+    print(
+        f"{summary.clips} clips, {summary.frames} frames, {summary.hours:.3f} hours, {failed}, "
+        f"{summary.seconds:.1f} s, {summary.num_bytes / 1e6:.2f} MB"
+    )
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from megacog.prepare.inspect import ShardSet, default_patterns, describe, rates, statistics
+
+    if (options.sheet is None) != (options.tokenizer is None):
+        raise ConfigError(
+            "--sheet and --tokenizer go together: codes are drawn by the tokenizer that made them"
+        )
+    config = None
+    if options.config is not None:
+        from megacog.config.load import load_config
+
+        config = load_config(options.config)
+    patterns = options.shards or (default_patterns(config) if config is not None else [])
+    if not patterns:
+        raise ConfigError("name shards to inspect, or a --config whose data.train names them")
+    with ShardSet(patterns) as shards:
+        report = statistics(shards, options.code_frames)
+        text = [describe(report)]
+        if options.sheet is not None:
+            from megacog.prepare.sheet import write_sheet
+            from megacog.tokenizers.frames import load_frame_tokenizer
+
+            write_sheet(
+                shards, load_frame_tokenizer(options.tokenizer), options.sheet, options.clips, options.frames
+            )
+            text.append(f"contact sheet: {options.sheet}")
+            report["sheet"] = str(options.sheet)
+    if config is not None:
+        report["rates"], lines = rates(config, options.shards)
+        text.append(lines)
+    print(json.dumps(report) if options.json else "\n".join(text))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from megacog.prepare.verify import verify
+
+    result = verify(options.shards)
+    if options.json:
+        shards = [str(path) for path in result.shards]
+        record = {
+            "shards": shards,
+            "clips": result.clips,
+            "frames": result.frames,
+            "failures": result.failures,
+        }
+        print(json.dumps(record))
+    else:
+        for failure in result.failures:
+            print(f"BAD {failure}")
+        state = f"{len(result.failures)} failures" if result.failures else "all intact"
+        print(f"{len(result.shards)} shards, {result.clips} clips, {result.frames} frames: {state}")
+    return 1 if result.failures else 0
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text} is no size; write 32 or 32x48 (height x width)")
+    return int(sides[0]), int(sides[-1])

@@ -1,0 +1,329 @@
+"""Videos and captions to shards of codes.
+
+Clips are decoded by several processes and coded here, in the order of the caption file. A shard is a
+fixed slice of that file (rows that fail leave a gap), so its bytes depend on nothing but its rows:
+not on the number of workers, nor on when a run was killed and continued.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacog.data.shards import ShardMeta, ShardWriter
+from megacog.errors import DataError
+from megacog.prepare.containers import ClipError
+from megacog.prepare.decode import DecodedClip, DecodeSettings, decode_clip, decoder_name
+from megacog.prepare.meter import Meter
+from megacog.prepare.sources import Failure, Row, Source, printable, split_rows
+from megacog.prepare.state import Part, PartialOutput, SliceRecord, refuse_changes, write_failures
+from megacog.prepare.workers import Decode, DecodePool, WorkerLimits
+from megacog.runtime.files import require_space, sha256_file
+from megacog.runtime.log import get_logger
+
+if TYPE_CHECKING:
+    from megacog.tokenizers.frames import FrameTokenizer
+
+_MINIMUM_SPACE_BYTES = 16 << 20
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What `prepare` is to do.
+
+    Attributes:
+        out: folder and stem of the shards, e.g. data/clips.
+        decode: how clips become frames.
+        limits: of one decoder process.
+        workers: decoder processes; no effect on the result.
+        clips_per_shard: rows of the caption file per shard.
+        eval_fraction: share of videos that go to `<stem>-eval`; 0 = one set, `<stem>`.
+        batch: frames given to the tokenizer at once; no effect on the result.
+        overwrite: remove what an earlier run left under the stem first.
+    """
+
+    out: Path
+    decode: DecodeSettings
+    limits: WorkerLimits = WorkerLimits()
+    workers: int = 1
+    clips_per_shard: int = 1000
+    eval_fraction: float = 0.0
+    batch: int = 64
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a preparation made.
+
+    Attributes:
+        shards: the files.
+        clips: clips in them.
+        frames: frames in them.
+        hours: length of the clips.
+        num_bytes: size of the files.
+        failed: rows without a clip.
+        failed_path: file that lists them, if any.
+        seconds: time that this run took.
+        earlier: the shards were there already; nothing was done.
+    """
+
+    shards: list[Path]
+    clips: int
+    frames: int
+    hours: float
+    num_bytes: int
+    failed: int
+    failed_path: Path | None
+    seconds: float
+    earlier: bool = False
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Consecutive rows of a part that make one shard."""
+
+    part: Part
+    index: int
+    rows: Sequence[Row]
+
+
+def prepare(
+    source: Source, tokenizer: FrameTokenizer, settings: PrepareSettings, decode: Decode = decode_clip
+) -> Summary:
+    """Makes the shards of a caption file, or finishes making them, and returns what was made.
+
+    Args:
+        source: the rows.
+        tokenizer: codes the frames.
+        settings: everything else.
+        decode: decodes one clip, in a process of its own.
+
+    Raises:
+        ConfigError: the output belongs to a run with other settings.
+        DataError: not one clip could be prepared, or the frame size does not fit the tokenizer.
+        EnvError: no disk space, or no decoder.
+    """
+    start = time.monotonic()
+    meta = _shard_meta(tokenizer, settings.decode)
+    slices, parts = _plan(source, settings)
+    stems = [part.stem for part in parts]
+    recorded = _recorded_settings(source, meta, settings)
+    output = PartialOutput(settings.out)
+    manifest = None if settings.overwrite else output.manifest()
+    if manifest is not None and not output.folder.is_dir():
+        refuse_changes(settings.out, manifest["settings"], recorded)
+        return _summary(settings.out, manifest, start, earlier=True)
+    if settings.overwrite:
+        with output.locked():
+            output.discard(stems)
+    require_space(settings.out, _MINIMUM_SPACE_BYTES)
+    with output.locked():
+        output.begin(recorded, stems)
+        _make_slices(slices, output, tokenizer, meta, settings, decode)
+        failures = _all_failures(source, slices, output)
+        if len(failures) == len(source.rows) + len(source.failures):
+            path = write_failures(settings.out, failures)
+            output.discard(stems)
+            raise DataError(
+                f"not one of {len(failures)} rows of {source.path} could be prepared; {path} says why "
+                f"(line {failures[0].line}: {failures[0].reason}). Mend them and run again."
+            )
+        manifest = output.finish(parts, recorded, source.failures)
+    return _summary(settings.out, manifest, start)
+
+
+def encode_in_batches(
+    clips: Iterable[NDArray[np.uint8]], tokenizer: FrameTokenizer, batch: int
+) -> Iterator[NDArray[np.int64]]:
+    """Yields the codes [n, h, w] of each clip [n, H, W, 3], coding frames of several clips at once."""
+    waiting: list[NDArray[np.uint8]] = []
+    count = 0
+    for frames in clips:
+        waiting.append(frames)
+        count += len(frames)
+        if count >= batch:
+            yield from _encode(waiting, tokenizer, batch)
+            waiting, count = [], 0
+    yield from _encode(waiting, tokenizer, batch)
+
+
+def _encode(
+    clips: Sequence[NDArray[np.uint8]], tokenizer: FrameTokenizer, batch: int
+) -> Iterator[NDArray[np.int64]]:
+    import torch
+
+    if not clips:
+        return
+    frames_BHWC = torch.from_numpy(np.concatenate(clips))
+    codes_Bhw = torch.cat(
+        [tokenizer.encode(group).cpu() for group in torch.split(frames_BHWC, batch)]
+    ).numpy()
+    first = 0
+    for frames in clips:
+        yield codes_Bhw[first : first + len(frames)]
+        first += len(frames)
+
+
+def _shard_meta(tokenizer: FrameTokenizer, decode: DecodeSettings) -> ShardMeta:
+    described = {
+        "fps": decode.fps,
+        "size": [decode.height, decode.width],
+        "folder_fps": decode.folder_fps,
+        "resize": "bicubic, antialiased, center crop",
+        "sampling": "nearest frame",
+    }
+    return ShardMeta(
+        grid=tokenizer.grid(decode.height, decode.width),
+        codebook_size=tokenizer.codebook_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        decoder=decoder_name(),
+        settings=json.dumps(described, sort_keys=True),
+    )
+
+
+def _recorded_settings(source: Source, meta: ShardMeta, settings: PrepareSettings) -> dict[str, Any]:
+    """Returns everything that the shards' bytes depend on."""
+    return {
+        "captions_sha256": source.sha256,
+        "video_column": source.video_column,
+        "caption_column": source.caption_column,
+        "root": settings.decode.root,
+        "allow_absolute": settings.decode.allow_absolute,
+        "fps": settings.decode.fps,
+        "size": [settings.decode.height, settings.decode.width],
+        "folder_fps": settings.decode.folder_fps,
+        "max_frames": settings.decode.max_frames,
+        "max_pixels": settings.decode.max_pixels,
+        "clips_per_shard": settings.clips_per_shard,
+        "eval_fraction": settings.eval_fraction,
+        "frame_tokenizer": meta.tokenizer_fingerprint,
+        "decoder": meta.decoder,
+    }
+
+
+def _plan(source: Source, settings: PrepareSettings) -> tuple[list[_Slice], list[Part]]:
+    """Returns the slices in the order in which they are made, and the parts that they belong to."""
+    slices, parts = [], []
+    size = settings.clips_per_shard
+    for name, rows in split_rows(source.rows, settings.eval_fraction).items():
+        stem = settings.out.with_name(f"{settings.out.name}-{name}") if name else settings.out
+        starts = range(0, len(rows), size)
+        parts.append(Part(stem, len(starts)))
+        slices += [_Slice(parts[-1], index, rows[first : first + size]) for index, first in enumerate(starts)]
+    return slices, parts
+
+
+def _make_slices(
+    slices: Sequence[_Slice],
+    output: PartialOutput,
+    tokenizer: FrameTokenizer,
+    meta: ShardMeta,
+    settings: PrepareSettings,
+    decode: Decode,
+) -> None:
+    """Makes the slices that are not finished yet."""
+    todo = [piece for piece in slices if output.record(piece.part, piece.index) is None]
+    total = sum(len(piece.rows) for piece in slices)
+    left = sum(len(piece.rows) for piece in todo)
+    if left < total:
+        logger.info("%s: continuing, %d of %d rows are done", output.folder, total - left, total)
+    if not todo:
+        return
+    workers = min(settings.workers, left)
+    with (
+        DecodePool(workers, settings.decode, settings.limits, decode) as pool,
+        Meter(total, total - left) as meter,
+    ):
+        decoded = pool.decode(row.clip_id for piece in todo for row in piece.rows)
+        made_bytes = made_rows = 0
+        for piece in todo:
+            record = _make_slice(piece, decoded, output, tokenizer, meta, settings.batch, meter)
+            output.finish_slice(piece.part, piece.index, record)
+            made_bytes, made_rows = made_bytes + record.num_bytes, made_rows + len(piece.rows)
+            # A full disk shows now, not hours later.
+            require_space(output.folder, made_bytes * (left - made_rows) // made_rows)
+
+
+def _make_slice(
+    piece: _Slice,
+    decoded: Iterator[DecodedClip | ClipError],
+    output: PartialOutput,
+    tokenizer: FrameTokenizer,
+    meta: ShardMeta,
+    batch: int,
+    meter: Meter,
+) -> SliceRecord:
+    path = output.slice_path(piece.part, piece.index)
+    failures: list[Failure] = []
+    good: list[tuple[Row, float]] = []
+
+    def good_clips() -> Iterator[NDArray[np.uint8]]:
+        for row, result in zip(piece.rows, islice(decoded, len(piece.rows)), strict=True):
+            if isinstance(result, ClipError):
+                failures.append(Failure(row.line, printable(row.clip_id), printable(str(result))))
+                meter.count(0)
+            else:
+                good.append((row, result.fps))
+                yield result.frames
+
+    frames, seconds, clips = 0, 0.0, 0
+    encoded = encode_in_batches(good_clips(), tokenizer, batch)
+    first = next(encoded, None)
+    if first is None:
+        return SliceRecord(0, 0, 0.0, 0, "", failures)
+    with ShardWriter(path, meta) as writer:
+        for codes in _chain(first, encoded):
+            row, fps = good[clips]
+            writer.add(row.clip_id, row.caption, codes, fps)
+            meter.count(len(codes))
+            clips += 1
+            frames += len(codes)
+            seconds += len(codes) / fps
+    return SliceRecord(clips, frames, seconds, path.stat().st_size, sha256_file(path), failures)
+
+
+def _chain(first: NDArray[np.int64], rest: Iterator[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+    yield first
+    yield from rest
+
+
+def _all_failures(source: Source, slices: Sequence[_Slice], output: PartialOutput) -> list[Failure]:
+    failures = list(source.failures)
+    for piece in slices:
+        record = output.record(piece.part, piece.index)
+        failures += record.failures if record is not None else []
+    return sorted(failures, key=lambda failure: failure.line)
+
+
+def _summary(stem: Path, manifest: dict[str, Any], start: float, earlier: bool = False) -> Summary:
+    """Raises: DataError: a finished shard has gone or changed its size."""
+    shards = manifest["shards"]
+    for shard in shards:
+        path = stem.parent / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["num_bytes"]:
+            raise DataError(
+                f"{path} is missing or not as {stem.name}.json says. Restore it, "
+                "or prepare again with --overwrite."
+            )
+    failed = manifest["failed"]
+    return Summary(
+        shards=[stem.parent / shard["file"] for shard in shards],
+        clips=sum(shard["clips"] for shard in shards),
+        frames=sum(shard["frames"] for shard in shards),
+        hours=sum(shard["seconds"] for shard in shards) / 3600,
+        num_bytes=sum(shard["num_bytes"] for shard in shards),
+        failed=failed,
+        failed_path=stem.parent / "failed.jsonl" if failed else None,
+        seconds=time.monotonic() - start,
+        earlier=earlier,
+    )
