@@ -166,9 +166,7 @@ def sample_motion(
         num_frames = int(rng.choice(FRAME_COUNTS, p=FRAME_COUNT_WEIGHTS))
     seconds = max(LONGEST_SECONDS, (num_frames - 1) / fps)
     reach = speed * seconds / len(directions)
-    start = tuple(
-        _sample_start(rng, [VECTORS[name][axis] for name in directions], reach, size) for axis in (0, 1)
-    )
+    start = tuple(_sample_start(rng, [VECTORS[name][axis] for name in directions], reach, size) for axis in (0, 1))
     return Motion(tuple(directions), speed, (start[0], start[1]), num_frames)
 
 
@@ -218,20 +216,27 @@ def render_path(
     scan: NDArray[np.floating[Any]], centers_T2: NDArray[np.float64], size: int = SIZE
 ) -> NDArray[np.uint8]:
     """Returns uint8 [T, size, size, 3]: the scan drawn with its center at each position (x, y)."""
-    rows_THK = _tent_weights(centers_T2[:, 1], len(scan), size)
-    columns_TWK = _tent_weights(centers_T2[:, 0], len(scan), size)
+    rows_THK = _pixel_weights(centers_T2[:, 1], len(scan), size)
+    columns_TWK = _pixel_weights(centers_T2[:, 0], len(scan), size)
     ink_THW = rows_THK @ np.asarray(scan, dtype=np.float64) @ columns_TWK.transpose(0, 2, 1)
     # The rounding offset keeps results that differ in the last bit (BLAS) on the same gray level.
     gray_THW = np.floor(np.clip(ink_THW, 0.0, 1.0) * 255.0 + 0.5 - 1e-6).astype(np.uint8)
     return np.repeat(gray_THW[..., None], 3, axis=-1)
 
 
-def _tent_weights(centers_T: NDArray[np.float64], num_cells: int, size: int) -> NDArray[np.float64]:
-    """Returns [T, size, num_cells]: how much each scan cell adds to each pixel (bilinear upsampling)."""
-    pixels = np.arange(size) + 0.5
+def _pixel_weights(centers_T: NDArray[np.float64], num_cells: int, size: int) -> NDArray[np.float64]:
+    """Returns [T, size, num_cells]: how much each scan cell adds to each pixel.
+
+    Bilinear upsampling, averaged over each pixel's area: point samples would make the ink swell and
+    its center wobble with the sub-pixel position.
+    """
+    edges = np.arange(size + 1)
     scale = DIGIT_SIZE / num_cells
-    in_cells = (pixels - (centers_T[:, None] - DIGIT_SIZE / 2)) / scale - 0.5
-    return np.maximum(0.0, 1.0 - np.abs(in_cells[:, :, None] - np.arange(num_cells)))
+    in_cells = (edges - (centers_T[:, None] - DIGIT_SIZE / 2)) / scale - 0.5
+    from_cell = np.clip(in_cells[:, :, None] - np.arange(num_cells), -1.0, 1.0)
+    # Antiderivative of the tent 1 - |t|.
+    area = 0.5 + from_cell - np.sign(from_cell) * from_cell**2 / 2
+    return scale * np.diff(area, axis=1)
 
 
 def corpus_clips(split: Split, num_clips: int, seed: int, two_part: bool = False) -> Iterator[Clip]:
@@ -258,9 +263,7 @@ def render(clip: Clip) -> NDArray[np.uint8]:
     return render_clip(images[clip.scan_id], motion.directions, motion.speed, motion.start, motion.num_frames)
 
 
-def write_corpus(
-    out: Path, num_clips: int, num_heldout: int, seed: int, two_part: bool, replace: bool
-) -> None:
+def write_corpus(out: Path, num_clips: int, num_heldout: int, seed: int, two_part: bool, replace: bool) -> None:
     """Writes the whole corpus folder; it appears complete or not at all."""
     sets: list[tuple[Split, int, bool]] = [("train", num_clips, False), ("heldout", num_heldout, False)]
     if two_part:
@@ -268,9 +271,7 @@ def write_corpus(
     with atomic_directory(out, replace=replace) as folder:
         for split, count, is_two_part in sets:
             name = f"two-part/{split}" if is_two_part else split
-            _write_split(
-                folder / name, corpus_clips(split, count, seed, is_two_part), count, f"drawing {name}"
-            )
+            _write_split(folder / name, corpus_clips(split, count, seed, is_two_part), count, f"drawing {name}")
 
 
 def _write_split(folder: Path, clips: Iterator[Clip], num_clips: int, desc: str) -> None:
@@ -336,8 +337,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
     if settings.seed < 0:
         raise ConfigError(f"--seed must not be negative, not {settings.seed}")
-    write_corpus(
-        settings.out, settings.clips, settings.heldout_clips, settings.seed, settings.two_part, settings.force
-    )
+    write_corpus(settings.out, settings.clips, settings.heldout_clips, settings.seed, settings.two_part, settings.force)
     print(f"{settings.clips} training and {settings.heldout_clips} held-out clips in {settings.out}")
     return 0
