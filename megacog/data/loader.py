@@ -10,7 +10,8 @@ import itertools
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,8 +45,11 @@ class TrainingBatches(Iterator[Batch]):
         dataset = _MicroBatches(StageDataset(config, sources, text, training=True), plan)
         order = _Order(start_step, plan.accumulation)
         self._iterator: Iterator[BatchArrays | MegacogError] | None
+        self._end_workers: Callable[[], object] | None = None
         if config.data.workers:
             self._iterator = _start_workers(dataset, order, config.data.workers)
+            # Also at exit, before multiprocessing waits for processes that would go on for ever.
+            self._end_workers = weakref.finalize(self, _end_workers, self._iterator)
         else:
             self._iterator = map(dataset.__getitem__, order)
 
@@ -70,6 +74,8 @@ class TrainingBatches(Iterator[Batch]):
     def close(self) -> None:
         """Ends the loader processes; there are no batches afterwards."""
         self._iterator = None
+        if self._end_workers is not None:
+            self._end_workers()
 
     def __enter__(self) -> TrainingBatches:
         return self
@@ -165,6 +171,14 @@ def _start_workers(dataset: _MicroBatches, order: _Order, workers: int) -> Itera
             generator=torch.Generator(),
         )
         return iter(loader)
+
+
+def _end_workers(iterator: Any) -> None:
+    # DataLoader itself leaves this to the garbage collector, which a traceback can keep waiting.
+    iterator._shutdown_workers()
+    for worker in iterator._workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 def _unchanged(arrays: Any) -> Any:

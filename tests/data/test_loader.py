@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,3 +179,30 @@ def test_the_random_numbers_of_the_model_never_touch_loading(
     random.seed(2)
     np.random.seed(2)
     assert_same(first, take(config, text, 4))
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["raise ValueError('a bug')", pytest.param("pass", marks=pytest.mark.slow)],
+    ids=["error", "end"],
+)
+def test_a_program_that_never_closes_its_batches_ends_all_the_same(
+    write_clips: Write, make_config: Make, text_folder: Path, tmp_path: Path, ending: str
+) -> None:
+    config = make_config([write_clips("a.h5", CLIPS)], data={"workers": 2})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    script = (
+        "from pathlib import Path\n"
+        "from megacog.config.schema import Config\n"
+        "from megacog.data.loader import training_batches\n"
+        "from megacog.tokenizers.text import TextTokenizer\n"
+        f"config = Config.model_validate_json(Path({str(tmp_path / 'config.json')!r}).read_text())\n"
+        f"text = TextTokenizer.load(Path({str(text_folder)!r}))\n"
+        "batches = training_batches(config, text, data_rank=0, data_size=1, start_step=0)\n"
+        "next(batches)\n"
+        f"{ending}\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == (0 if ending == "pass" else 1), result.stderr
+    assert result.stderr.strip().endswith("" if ending == "pass" else "ValueError: a bug")
