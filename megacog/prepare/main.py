@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 _RUN = """Decode, resample, crop and code the videos of a caption file into HDF5 shards. A stopped run
 continues when the same command is given again. Rows without a clip are listed in failed.jsonl beside the
 shards, with reasons."""
-_INSPECT = """Print statistics of shards; with --tokenizer and --sheet draw clips decoded back from their codes;
-with --config print the clips x rates table under that training config, of the shards named or of its own."""
+_INSPECT = """Print statistics of shards; with --tokenizer and --sheet draw clips decoded back from codes;
+with --config print the clips x rates table of the shards (else of its data.train) under that config."""
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

@@ -245,12 +245,8 @@ def _serve(
         except ClipError as error:
             _reply(connection, {"reason": str(error)})
         except MemoryError:
-            _reply(
-                connection,
-                {
-                    "reason": f"decoding needs more than {limit / 2**30:g} GiB (--memory-gib), or the file is damaged"
-                },
-            )
+            reason = f"decoding needs more than {limit / 2**30:g} GiB (--memory-gib), or the file is damaged"
+            _reply(connection, {"reason": reason})
         # A surprise in a third-party decoder costs this clip, with its reason on record, not the run.
         except Exception as error:
             _reply(connection, {"reason": f"cannot be decoded: {type(error).__name__}: {error}"})
