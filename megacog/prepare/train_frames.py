@@ -31,6 +31,7 @@ from megacog.runtime.signals import StopFlag
 from megacog.tokenizers.frames import ConvTokenizer, ConvTokenizerConfig, pixels_of_frames
 
 STATE_VERSION = 1
+CODE_NORM_MOMENTUM = 0.05
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_BETWEEN_SAVES = 60.0
 _logger = get_logger(__name__)
@@ -95,6 +96,8 @@ class FrameTrainer:
         settings = self.settings
         generator = torch.Generator().manual_seed(_mix(settings.seed, self.step_number))
         frames_BHWC = self.pool.pairs(settings.batch_size // 2, generator).to(self.device)
+        # An average over all batches so far, then over the last few: the untrained start must not linger.
+        self.tokenizer.code_norm.momentum = max(CODE_NORM_MOMENTUM, 1 / (self.step_number + 1))
         pixels_BCHW = pixels_of_frames(frames_BHWC).contiguous(memory_format=torch.channels_last)
         output_BCHW, quantized, z_BDhw = self.tokenizer(pixels_BCHW)
         losses = self._losses(output_BCHW, pixels_BCHW)

@@ -149,6 +149,13 @@ class ConvTokenizer(nn.Module):
         return self.decoder(quantized.vectors_BDhw), quantized, z_BDhw
 
     @property
+    def code_norm(self) -> nn.BatchNorm2d:
+        """The normalization in front of the quantizer; its running statistics belong to the weights."""
+        norm = self.encoder[-1]
+        assert isinstance(norm, nn.BatchNorm2d)
+        return norm
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over configuration and weights, as hex."""
         return _fingerprint(self.config, self.state_dict())

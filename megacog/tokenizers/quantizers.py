@@ -95,7 +95,7 @@ class EMAVQ(nn.Module):
     """
 
     def __init__(
-        self, codebook_size: int, dim: int, decay: float = 0.99, beta: float = 0.25, dead_share: float = 0.03
+        self, codebook_size: int, dim: int, decay: float = 0.97, beta: float = 0.25, dead_share: float = 0.03
     ) -> None:
         """Makes an empty codebook.
 
