@@ -45,6 +45,9 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
 class PerceptualLoss(nn.Module):
     """Frozen; the mean LPIPS distance of two batches of images in -1..1."""
 
+    _mean: Tensor
+    _scale: Tensor
+
     def __init__(self, weights: dict[str, Tensor]) -> None:
         """Takes tensors of `expected_shapes`."""
         super().__init__()

@@ -80,7 +80,8 @@ class FrameTrainer:
             torch.manual_seed(settings.seed)
             tokenizer = ConvTokenizer(settings.tokenizer)
         _start_at_median(tokenizer, pool)
-        self.tokenizer = tokenizer.to(self.device, memory_format=torch.channels_last).train()
+        self.tokenizer = tokenizer.to(self.device).train()
+        self.tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.parameters = dict(self.tokenizer.named_parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),

@@ -148,7 +148,8 @@ def train_frames(settings: argparse.Namespace) -> int:
         remove_partial(settings.out)
     trainer = FrameTrainer(training, pool, perceptual, settings.device)
     run_training(trainer, settings.out, identity)
-    tokenizer = trainer.tokenizer.to(memory_format=torch.contiguous_format).eval()
+    tokenizer = trainer.tokenizer.eval()
+    tokenizer.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     report: dict[str, Any] = {
         **measure(tokenizer, heldout),
         "steps": training.steps,

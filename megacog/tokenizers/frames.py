@@ -40,8 +40,10 @@ class FrameTokenizer(Protocol):
     codebook_size: int
     downsample: int
     """Pixels per code along each axis."""
-    fingerprint: str
-    """sha256 over weights and configuration."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over weights and configuration, as hex."""
 
     def encode(self, frames_BHWC: Tensor) -> Tensor:
         """Returns codes int64 [B, h, w] of uint8 frames [B, H, W, 3]."""
@@ -96,8 +98,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.spatial = nn.Conv2d(channels, channels, 3, padding=1)
         self.pointwise = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.pointwise.weight)
-        nn.init.zeros_(self.pointwise.bias)
+        for parameter in self.pointwise.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return x_BCHW + self.pointwise(F.silu(self.spatial(F.silu(x_BCHW))))

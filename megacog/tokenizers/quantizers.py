@@ -38,6 +38,9 @@ class FSQ(nn.Module):
     A code is the mixed-radix number of its channels' levels, the first channel counting fastest.
     """
 
+    _levels_D: Tensor
+    _basis_D: Tensor
+
     def __init__(self, levels: tuple[int, ...]) -> None:
         super().__init__()
         if not levels or min(levels) < 2:
@@ -93,6 +96,10 @@ class EMAVQ(nn.Module):
     Rows that win almost nothing are restarted at vectors of the current batch, which also places
     the whole codebook at the first update.
     """
+
+    embedding_KD: Tensor
+    embedding_sum_KD: Tensor
+    cluster_size_K: Tensor
 
     def __init__(
         self, codebook_size: int, dim: int, decay: float = 0.97, beta: float = 0.25, dead_share: float = 0.03
