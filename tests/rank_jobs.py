@@ -15,9 +15,11 @@ import torch.distributed as dist
 
 from megacog.checkpoint.discovery import find_checkpoint
 from megacog.config.schema import Config
+from megacog.model.init import initialize_base, initialize_plus
+from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
-from megacog.training.comparison import compare_engines, run_step, small_config, small_engine
-from megacog.training.engine import Engine
+from megacog.training.comparison import GLOBAL_BATCH, MICRO_BATCH, compare_engines, run_step, small_config
+from megacog.training.engine import Engine, build_engine
 from megacog.training.pretrain import example_inputs
 from megacog.training.state import RunState, load_checkpoint, shapes_of
 
@@ -57,34 +59,22 @@ def resumes_bitwise(config: Config, groups: ProcessGroups) -> dict[str, bool]:
 
 
 def start(config: Config, groups: ProcessGroups, checkpoint: Any) -> tuple[Engine, RunState]:
-    """An engine, fresh or resumed."""
-    from megacog.training.engine import build_engine
-
-    fresh = small_engine(config, groups)
-    model = fresh.model
-    if checkpoint is None:
-        shapes = {name: shape for name, shape in whole_shapes(config, groups).items()}
-        return fresh, RunState(config, fresh, groups, shapes, {}, {}, (None, []))
-    from megacog.model.transformer import CogVideo
-
+    """An engine with its state: fresh, or from a checkpoint (found) into a model full of NaN."""
     model = CogVideo(config.model, ("sequential",), groups.tensor)
-    model = model.to(torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    model.trainable("sequential")
-    for parameter in model.parameters():
-        parameter.data.fill_(float("nan"))
-    shapes = shapes_of(model)
-    resumed = load_checkpoint(Path(config.train.run_dir), *checkpoint, config, model)
-    engine = build_engine(config, model, groups, 8 // (2 * groups.data_size))
+    model.to(torch.bfloat16 if config.train.precision == "bf16" else torch.float32).trainable("sequential")
+    shapes, resumed = shapes_of(model), None
+    if checkpoint is None:
+        initialize_base(model, seed=1)
+        initialize_plus(model, "sequential", "copy", seed=1)
+    else:
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
+        resumed = load_checkpoint(Path(config.train.run_dir), *checkpoint, config, model)
+    engine = build_engine(config, model, groups, GLOBAL_BATCH // (MICRO_BATCH * groups.data_size))
     state = RunState(config, engine, groups, shapes, {}, {}, (None, []))
-    assert state.restore(resumed, example_inputs(config, torch.device("cpu"))) == STEPS
+    if resumed is not None:
+        assert state.restore(resumed, example_inputs(config, torch.device("cpu"))) == STEPS
     return engine, state
-
-
-def whole_shapes(config: Config, groups: ProcessGroups) -> dict[str, list[int]]:
-    from megacog.model.transformer import CogVideo
-
-    with torch.device("meta"):
-        return shapes_of(CogVideo(config.model, ("sequential",), groups.tensor))
 
 
 def same_states(one: Engine, other: Engine) -> bool:

@@ -52,9 +52,7 @@ class Ranks:
             with open(path, "wb") as log:
                 command = [sys.executable, *self._arguments]
                 self.processes.append(
-                    subprocess.Popen(
-                        command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-                    )
+                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
                 )
         return self
 

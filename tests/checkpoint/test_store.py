@@ -1,0 +1,176 @@
+"""Writing, finding and removing checkpoints, on one rank."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megacog.checkpoint import commit, discovery
+from megacog.checkpoint.discovery import checkpoint_path, find_checkpoint, list_checkpoints
+from megacog.checkpoint.manifest import FILE_NAME, Manifest
+from megacog.checkpoint.records import Record, RecordReader
+from megacog.checkpoint.store import open_frozen, save_checkpoint, save_frozen
+from megacog.errors import CheckpointError
+
+SIZES = {"a.weight": 6, "b.weight": 2}
+
+
+def header() -> Manifest:
+    return Manifest(
+        step=3, samples=24, config={}, config_hash="c", world={"ranks": 1}, fingerprints={}, versions={}, frozen=None,
+        parameters={},
+    )  # fmt: skip
+
+
+def record(name: str) -> Record:
+    return {"weight": torch.full((SIZES[name],), float(len(name)))}
+
+
+def save(run: Path, step: int, keep_last: int = 9) -> Path:
+    return save_checkpoint(run, replace(header(), step=step), SIZES, record, keep_last)
+
+
+def newest(run: Path) -> int:
+    found = find_checkpoint(run, "auto")
+    assert found is not None
+    return found[1].step
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_the_newest_checkpoint_is_found_and_holds_what_was_saved(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    path = save(tmp_path, 10)
+    found = find_checkpoint(tmp_path, "must")
+    assert found is not None and found[0] == path == checkpoint_path(tmp_path, 10)
+    reader = RecordReader(path, found[1].parameters)
+    assert torch.equal(reader.read("a.weight")["weight"], record("a.weight")["weight"])
+    assert "torch" in reader.read("rng/00000")
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-0000010\n"
+
+
+def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, keep_last=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000004", "step-0000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest", "step-0000003", "step-0000004",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "no manifest", "flip manifest"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    file = path / "records-00000-00.safetensors"
+    match damage:
+        case "truncate":
+            file.write_bytes(file.read_bytes()[:-1])
+        case "flip":
+            flip_byte(file)
+        case "delete":
+            file.unlink()
+        case "no manifest":
+            (path / FILE_NAME).unlink()
+        case "flip manifest":
+            (path / FILE_NAME).write_text((path / FILE_NAME).read_text().replace('"samples": 24', '"samples": 25'))
+    assert newest(tmp_path) == 1
+    assert "step-0000002" in caplog.text
+
+
+def test_when_all_are_damaged_nothing_starts_silently_from_zero(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / FILE_NAME).unlink()
+    with pytest.raises(CheckpointError, match="step-0000001"):
+        find_checkpoint(tmp_path, "auto")
+
+
+def test_resume_must_never_and_auto(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, "auto") is None and find_checkpoint(tmp_path, "never") is None
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path, "must")
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="never"):
+        find_checkpoint(tmp_path, "never")
+
+
+@pytest.mark.parametrize("hint", [None, "", "garbage\r\n", "step-0009999\n"])
+def test_the_hint_decides_nothing(tmp_path: Path, hint: str | None) -> None:
+    save(tmp_path, 3)
+    path = tmp_path / "checkpoints/latest"
+    path.unlink() if hint is None else path.write_text(hint)
+    assert newest(tmp_path) == 3
+
+
+def test_leftovers_of_a_killed_writer_are_ignored_and_the_step_can_be_saved_again(tmp_path: Path) -> None:
+    leftover = tmp_path / "checkpoints/.step-0000004.tmp-abc"
+    leftover.mkdir(parents=True)
+    (leftover / "records-00000-00.safetensors").write_bytes(b"half")
+    assert find_checkpoint(tmp_path, "auto") is None
+    save(tmp_path, 4)
+    save(tmp_path, 4)
+    assert newest(tmp_path) == 4
+
+
+def test_a_full_disk_leaves_the_older_checkpoints_and_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megacog.checkpoint.records.save_file", no_space)
+    with pytest.raises(CheckpointError, match=r"step-0000002.*rank 0.*No space left"):
+        save(tmp_path, 2)
+    assert newest(tmp_path) == 1
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-0000001"]
+
+
+def test_too_little_space_is_noticed_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="not enough disk space"):
+        save_checkpoint(tmp_path, header(), {"a.weight": 10**15}, record, 1)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EACCES, "refused", str(path))
+
+    discovery.remove_old(tmp_path, 1, refuse)
+    assert "step-0000001" in caplog.text and len(list_checkpoints(tmp_path)) == 2
+
+
+def test_frozen_weights_are_bound_to_the_checkpoint_by_their_hash(tmp_path: Path) -> None:
+    fingerprint = save_frozen(tmp_path, header(), SIZES, record)
+    reader = open_frozen(tmp_path, fingerprint)
+    assert torch.equal(reader.read("b.weight")["weight"], record("b.weight")["weight"])
+    with pytest.raises(CheckpointError, match="not the frozen folder"):
+        open_frozen(tmp_path, "0" * 64)
+    flip_byte(tmp_path / "frozen/frozen-00000-00.safetensors")
+    with pytest.raises(CheckpointError, match="checksum"):
+        open_frozen(tmp_path, fingerprint)
+
+
+def test_an_error_of_rank_0_keeps_its_class() -> None:
+    from megacog.errors import ConfigError
+
+    def fail() -> None:
+        raise ConfigError("wrong key")
+
+    with pytest.raises(ConfigError, match="wrong key"):
+        commit.on_rank_0(fail)
