@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from pathlib import Path
 from megacog.runtime.cli import run
 
 TOLERANCE = 1e-5
+EXPORT_PROOFS = {
+    "replay": ("megacog.evaluation.replay", "EXPORT: a clip through the decode caches gives the training logits"),
+    "rates": ("megacog.evaluation.rates", "EXPORT: at twice the frame rate the digit moves half as far per frame"),
+}
+"""Sub-commands with a command line of their own: module, help."""
 
 
 def main() -> int:
@@ -24,6 +30,10 @@ def main() -> int:
     engines.add_argument("--ranks", type=int, default=2)
     engines.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes")
     engines.set_defaults(function=prove_engines)
+    for name, (_, what) in EXPORT_PROOFS.items():
+        commands.add_parser(name, help=what, add_help=False)
+    if sys.argv[1:2] and sys.argv[1] in EXPORT_PROOFS:
+        return importlib.import_module(EXPORT_PROOFS[sys.argv[1]][0]).main(sys.argv[2:])
     arguments = parser.parse_args()
     return arguments.function(arguments)
 

@@ -15,8 +15,10 @@ from megacog.tokenizers.frames import ConvTokenizer, ConvTokenizerConfig, write_
 from megacog.tokenizers.text import TextTokenizer, train_text_tokenizer
 
 
-def make_export(folder: Path, plus: tuple[Any, ...] = BOTH, **generation: Any) -> Path:
-    """Write folder/export: 2 layers, width 32, 4 x 4 codes of 4 x 4 pixels, 20 text tokens, demo captions."""
+def make_export(
+    folder: Path, plus: tuple[Any, ...] = BOTH, grid: tuple[int, int] = (4, 4), **generation: Any
+) -> Path:
+    """Write folder/export: 2 layers, width 32, a grid of codes of 4 x 4 pixels, 20 text tokens, demo captions."""
     text_folder, frame_folder = folder / "text", folder / "frames"
     train_text_tokenizer(captions(), text_folder, vocab_size=120, template="{span}s")
     text = TextTokenizer.load(text_folder)
@@ -25,7 +27,7 @@ def make_export(folder: Path, plus: tuple[Any, ...] = BOTH, **generation: Any) -
     frames = ConvTokenizer(ConvTokenizerConfig(levels=(4, 4), width=8, blocks=0))
     write_frame_tokenizer(frame_folder, frames)
     model_settings = model_config(
-        grid=(4, 4), text_length=20, text_positions=20, image_vocab_size=frames.codebook_size,
+        grid=grid, text_length=20, text_positions=20, image_vocab_size=frames.codebook_size,
         text_vocab_size=text.vocab_size, boi_id=text.boi_id,
     )  # fmt: skip
     return save_model(folder / "export", model_settings, plus, text_folder, frame_folder, **generation)

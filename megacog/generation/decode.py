@@ -10,7 +10,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from megacog_kernels.grid import Order
 from torch import Tensor
 
 from megacog.config.schema import Stage
@@ -18,6 +17,7 @@ from megacog.generation.cache import Decoder
 from megacog.generation.sampling import draw_uniforms, guide, sample_codes
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
+from megacog_kernels.grid import Order
 
 
 def frame_levels(order: Order, known: Container[int]) -> list[list[int]]:
@@ -101,7 +101,10 @@ def generate_frames(
         return torch.cat([codes, codes]) if guided else codes
 
     def choose(logits_RV: Tensor, uniform_B: Tensor) -> Tensor:
-        logits_BV = guide(*logits_RV.chunk(2), guidance) if guided else logits_RV
+        logits_BV = logits_RV
+        if guided:
+            conditional_BV, null_BV = logits_RV.chunk(2)
+            logits_BV = guide(conditional_BV, null_BV, guidance)
         return sample_codes(logits_BV, uniform_B, temperature=temperature, top_k=top_k, top_p=top_p)
 
     codes_BTP = torch.empty(num_clips, frames, cells, dtype=torch.int64, device=device)

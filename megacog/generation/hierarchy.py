@@ -172,7 +172,8 @@ class ClipGenerator:
         """
         plan = plan_clip(request.seconds, self.num_frames, self.settings)
         spans = [None, *(plan.span / 2**level for level in range(self.settings.levels + 1))]
-        self.text.pad([self.text.encode(request.text, span, self.num_frames) for span in spans], self.model.config.text_length)
+        ids = [self.text.encode(request.text, span, self.num_frames) for span in spans]
+        self.text.pad(ids, self.model.config.text_length)
 
     def generate(self, requests: Sequence[ClipRequest]) -> Iterator[ClipChunk]:
         """Chunks of finished frames, `settings.batch_size` clips at a time, in constant memory."""

@@ -62,7 +62,7 @@ def slug(text: str) -> str:
 
 
 def clip_stem(index: int, text: str, sample: int, samples: int) -> str:
-    """The file name of a clip without its ending: 0003_the-digit-3, or 0003-2_the-digit-3 for one of several samples."""
+    """The file name of a clip without its ending: 0003_the-digit-3; of one of several samples, 0003-2_the-digit-3."""
     number = f"{index:04d}" if samples == 1 else f"{index:04d}-{sample + 1}"
     return f"{number}_{slug(text)}".rstrip("_")
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from megacog_kernels.grid import Order
 from small_model import batch, build_model, model_config
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from megacog.generation.decode import frame_levels, generate_frames
 from megacog.generation.sampling import row_generator
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
+from megacog_kernels.grid import Order
 
 SPACES: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},

@@ -100,7 +100,8 @@ def test_the_shell_command_makes_every_good_prompt_and_reports_the_bad_ones(
 
 def test_equal_prompts_and_seeds_give_equal_clips_and_samples_differ(export_path: Path, tmp_path: Path) -> None:
     line = "the digit 8 moves down"
-    prompts = write_prompts(tmp_path, line, json.dumps({"text": line, "seed": 1234}), json.dumps({"text": line, "seed": 3}))
+    seeded = [json.dumps({"text": line, "seed": seed}) for seed in (1234, 3)]
+    prompts = write_prompts(tmp_path, line, *seeded)
     arguments = [str(prompts), "--model", str(export_path), "levels=0", "samples=2", "--scale", "1"]
     assert main([*arguments, "--out", str(tmp_path / "wide")]) == 0
     assert main([*arguments, "--out", str(tmp_path / "narrow"), "batch_size=1"]) == 0

@@ -20,7 +20,8 @@ def test_plain_and_json_lines_are_read_and_blank_ones_skipped(tmp_path: Path) ->
     (tmp_path / "lion.png").touch()
     path = write(
         tmp_path,
-        '\ufeffa red square\r\n\n  # not a comment \n{"text": "\u72ee\u5b50", "image": "lion.png", "seconds": 8, "seed": 0}\n',
+        "\ufeffa red square\r\n\n  # not a comment \n"
+        '{"text": "\u72ee\u5b50", "image": "lion.png", "seconds": 8, "seed": 0}\n',
     )
     prompts, bad = read_prompts(path)
     assert prompts == [
