@@ -185,6 +185,10 @@ class DataConfig(Section):
     rates: RatesConfig = RatesConfig()
     base_frame: Literal["any", "first"] = "any"
     """base stage: a random frame of the clip, or its first one."""
+    base_video_share: float = Field(default=0.0, ge=0, le=1)
+    """base stage: share of samples that are a random frame of a window as the sequential stage takes it, under
+    its rate text. A base trained from scratch needs some: once frozen, it must know texts with a rate and frames
+    from anywhere in a clip. 0 for an inherited base, which is not trained."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples whose caption (never the rate) becomes the null text."""
     workers: int = Field(default=2, ge=0)

@@ -104,11 +104,15 @@ def check_data(
             f"{config.model.text_vocab_size}. Raise model.text_vocab_size to {text.vocab_size} or more."
         )
     rule = _rule(config, config.train.stage)
-    texts = Texts(text, rule.frames)
-    if config.data.caption_dropout and config.train.stage != "base":
-        _check_null(texts, rule, config.model.text_length)
+    rules = [rule]
+    if config.train.stage == "base" and config.data.base_video_share:
+        rules.append(_rule(config, "sequential"))
+    texts = Texts(text, config.model.num_frames)
+    if config.data.caption_dropout and rules[-1].stage != "base":
+        _check_null(texts, rules[-1], config.model.text_length)
     for source in (*train, *held_out):
-        _check_texts(source, rule, texts, text, config.model.text_length)
+        for each in rules:
+            _check_texts(source, each, texts, text, config.model.text_length)
     return DataSummary(
         tuple(_summary(source, rule) for source in train), tuple(_summary(source, rule) for source in held_out)
     )

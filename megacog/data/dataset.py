@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megacog.config.schema import Config, SourceConfig
 from megacog.data.batch import BatchArrays
-from megacog.data.draws import draw, unit
+from megacog.data.draws import below, draw, unit
 from megacog.data.rates import RateRule, Window
 from megacog.data.sampler import Mixture, Sample
 from megacog.data.shards import Shard, expand_shards
@@ -123,7 +123,9 @@ class StageDataset:
         self.layout = stage_layout(config.model, train.stage)
         self.rule = RateRule(train.stage, self.layout.grid.frames, data.rates, data.base_frame)
         self.codebook_size = config.model.image_vocab_size
-        self.texts = Texts(text, self.layout.grid.frames)
+        self.texts = Texts(text, config.model.num_frames)
+        self._video_share = data.base_video_share if train.stage == "base" else 0.0
+        self._video_rule = RateRule("sequential", config.model.num_frames, data.rates)
         self._open: dict[Shard, None] = {}  # in the order of last use
         self._seed = train.seed if training else EVALUATION_SEED
         self._dropout = data.caption_dropout if training else 0.0
@@ -171,16 +173,28 @@ class StageDataset:
         clip = int(self._usable[phase][sample.source][sample.index])
         length = int(source.lengths[clip])
         numbers = draw(self._seed, "sample", phase, sample.source, sample.epoch, clip)
-        rates = self.rule.feasible(length, float(source.fps[clip]), self.min_fps[phase])
-        window = self.rule.window(length, rates, numbers[:3])
+        window, span_seconds = self._window(length, float(source.fps[clip]), self.min_fps[phase], numbers)
         shard, local = source.locate(clip)
         self._mark_used(shard)
         codes_TP = shard.read(local, window.indices).reshape(window.frames, -1)
         dropped = unit(numbers[3]) < self._dropout
         caption = self.texts.null if dropped else self.texts.caption(shard, local)
-        text = [*self.texts.rate(window.span_seconds), *caption]
+        text = [*self.texts.rate(span_seconds), *caption]
         context_TP = self._corrupt(codes_TP, numbers[4:6]) if self._corruption else codes_TP
         return text, codes_TP, context_TP, window.fps, _sample_id(shard.clip_ids[local], window)
+
+    def _window(
+        self, length: int, fps: float, min_fps: float, numbers: Sequence[int]
+    ) -> tuple[Window, float | None]:
+        """Returns the frames of one sample and the seconds that its rate text tells."""
+        if unit(numbers[6]) < self._video_share:
+            rates = self._video_rule.feasible(length, fps)
+            if rates:
+                video = self._video_rule.window(length, rates, numbers[:3])
+                frame = video.indices[below(numbers[7], video.frames)]
+                return Window(frame, 1, 0.0, 1), video.span_seconds
+        window = self.rule.window(length, self.rule.feasible(length, fps, min_fps), numbers[:3])
+        return window, window.span_seconds
 
     def _mark_used(self, shard: Shard) -> None:
         """Closes the shard that was not used for longest when too many are open."""

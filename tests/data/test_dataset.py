@@ -82,6 +82,24 @@ def test_base_takes_single_frames_of_clips_and_images_without_a_rate(
     assert set(stage_dataset(first, text).batch(0, range(60)).sample_ids) == {"clip[0:1:1]", "image[0:1:1]"}
 
 
+def test_base_takes_its_video_share_from_windows_with_their_rate_text(
+    write_clips: Write, make_config: Make, text: TextTokenizer
+) -> None:
+    path = write_clips("a.h5", [("clip", 40, 8.0), ("image", 1, 1.0)])
+    data = {"caption_dropout": 0.0, "base_frame": "first", "base_video_share": 0.4}
+    batch = stage_dataset(make_config([path], train={"stage": "base"}, data=data), text).batch(0, range(600))
+    caption = text.encode("the digit 0 moves left", None)
+    from_windows = [ids == text.encode("the digit 0 moves left", 4.0) for ids in batch.texts]
+    plain = [ids in (caption, text.encode("the digit 1 moves left", None)) for ids in batch.texts]
+    assert all(one != other for one, other in zip(from_windows, plain, strict=True))
+    of_clip = [parse(sample_id) for sample_id in batch.sample_ids if parse(sample_id)[0] == "clip"]
+    share = sum(from_windows) / len(of_clip)
+    assert share == pytest.approx(0.4, abs=4 * (0.24 / len(of_clip)) ** 0.5)
+    frames = {parse(sample_id)[1].start for sample_id, window in zip(batch.sample_ids, from_windows, strict=True) if window}
+    assert len(frames) > 25 and max(frames) == 39
+    assert batch.frames_BTP.shape == (600, 1, 4)
+
+
 def test_images_and_short_clips_do_not_reach_the_video_stages(
     write_clips: Write, make_config: Make, text: TextTokenizer
 ) -> None:
