@@ -57,11 +57,11 @@ def _add_frames_parser(commands: argparse._SubParsersAction[argparse.ArgumentPar
     model.add_argument("--levels", type=_levels, default=(8, 5, 5), help="fsq: values per channel, e.g. 8,5,5")
     model.add_argument("--codebook-size", type=int, default=512, help="ema_vq: codes")
     model.add_argument("--code-dim", type=int, default=16, help="ema_vq: channels of a code")
-    model.add_argument("--width", type=int, default=24, help="channels at full resolution")
+    model.add_argument("--width", type=int, default=16, help="channels at full resolution")
     model.add_argument("--blocks", type=int, default=1, help="residual blocks per level")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=600)
+    training.add_argument("--steps", type=int, default=500)
     training.add_argument("--batch", type=int, default=32, help="frames per step (pairs of neighbors in time)")
     training.add_argument("--learning-rate", type=float, default=4e-3)
     training.add_argument("--temporal-weight", type=float, default=0.5)
