@@ -31,8 +31,8 @@ def make_inputs(folder: Path) -> Path:
     for name, count in (("train", 40), ("eval", 8)):
         with ShardWriter(folder / f"{name}.h5", meta) as writer:
             for clip in range(count):
-                start = generator.integers(0, CODEBOOK, (1, *GRID))
-                codes = (start + np.arange(17)[:, None, None]) % CODEBOOK  # learnable: the next frame adds one
+                start = generator.integers(0, CODEBOOK)  # learnable: the next cell and the next frame add one
+                codes = (start + np.arange(17)[:, None, None] + np.arange(16).reshape(GRID)) % CODEBOOK
                 writer.add(f"{name}-{clip}", CAPTIONS[clip % len(CAPTIONS)], codes, fps=8.0)
     return folder
 

@@ -45,7 +45,7 @@ from megacog.tokenizers.text import TextTokenizer
 from megacog.training.engine import Engine, build_engine
 from megacog.training.loop import Loop
 from megacog.training.samples import Sampler
-from megacog.training.start import describe_weights, idle_sets, idle_tensors, open_inherited, start_weights
+from megacog.training.start import describe_weights, idle_tensors, open_inherited, start_weights
 from megacog.training.state import Resumed, RunState, load_checkpoint, shapes_of
 
 log = logs.get_logger(__name__)
@@ -109,17 +109,18 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     tokenizers = open_tokenizers(config)
     config = resolve(config, tokenizers)
     data = on_rank_0(lambda: check_data(config, tokenizers.frames.fingerprint, tokenizers.text))
-    export = open_inherited(config)
-    check_tokenizers(export, tokenizers)
     run_dir = Path(config.train.run_dir)
     checkpoint = find_checkpoint(run_dir, config.train.resume)
+    export = open_inherited(config) if checkpoint is None else None  # a resumed run has its own copy
+    check_tokenizers(export, tokenizers)
 
     seed_everything(config.train.seed + groups.data_rank)
     model, resumed, sources = build_model(config, groups, device, export, checkpoint)
-    shapes, idle = shapes_of(model), idle_tensors(config, export)
+    shapes = shapes_of(model)
+    idle = idle_tensors(config, export) if resumed is None else resumed.idle_tensors(shapes)
     if ranks.rank == 0:
         save_run_files(config, run_dir)
-        table = describe_weights(model, sources, idle_counts(config, export))
+        table = describe_weights(model, sources, idle)
         announce(config, ranks, groups, accumulation, f"data:\n{data}\nweights on this rank:\n{table}")
     engine = build_engine(config, model, groups, accumulation)
     state = RunState(config, engine, groups, shapes, tokenizers.fingerprints, versions(), (export, idle))
@@ -286,11 +287,6 @@ def build_throughput(config: Config, ranks: Ranks) -> Throughput:
     return Throughput(
         training_flops(config.model, stage), tokens_per_sample(config.model, stage), ranks.world_size, peak
     )
-
-
-def idle_counts(config: Config, export: Export | None) -> dict[str, int]:
-    names = idle_tensors(config, export)
-    return {stage: sum(name.startswith(f"plus.{stage}.") for name in names) for stage in idle_sets(config, export)}
 
 
 def versions() -> dict[str, str]:

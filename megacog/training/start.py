@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,13 +115,13 @@ def _start_plus(config: Config, model: CogVideo, stage: PlusStage, export: Expor
     return f"plus.{origin} of {export.path}"
 
 
-def describe_weights(model: CogVideo, sources: dict[str, str], idle: dict[str, int]) -> str:
+def describe_weights(model: CogVideo, sources: dict[str, str], idle: list[str]) -> str:
     """A table of tensor groups: tensors, parameters, trained or frozen, source.
 
     Args:
         model: Counted as this rank holds it, before an engine partitions it.
         sources: As `start_weights` returns.
-        idle: Tensors per idle set that is carried over.
+        idle: Tensors of the sets that are carried over.
     """
     rows = [("tensors", "parameters", "state", "group", "from")]
     groups: dict[str, list[int]] = {}
@@ -135,8 +136,8 @@ def describe_weights(model: CogVideo, sources: dict[str, str], idle: dict[str, i
         part = ".".join(group.split(".")[:2]) if group.startswith("plus.") else "base"
         state = "trained" if trained[group] else "frozen"
         rows.append((str(tensors), f"{numel:,}", state, group, sources.get(part, "checkpoint")))
-    for stage, tensors in idle.items():
-        rows.append((str(tensors), "", "idle", f"plus.{stage}", "carried over bitwise"))
+    for group, count in Counter(".".join(name.split(".")[:2]) for name in idle).items():
+        rows.append((str(count), "", "idle", group, "carried over bitwise"))
     return "\n".join(_format_rows(rows))
 
 

@@ -66,6 +66,10 @@ class Resumed:
     records: RecordReader
     frozen: RecordReader | None
 
+    def idle_tensors(self, shapes: Mapping[str, list[int]]) -> list[str]:
+        """Names of the idle sets' tensors: what is frozen and not in the model (whose parameters are in `shapes`)."""
+        return sorted(set(self.frozen.placement) - set(shapes)) if self.frozen else []
+
 
 def load_checkpoint(run_dir: Path, path: Path, manifest: Manifest, config: Config, model: CogVideo) -> Resumed:
     """Put a checkpoint's weights, frozen ones too, into the model. Collective.
@@ -174,7 +178,6 @@ class RunState:
                 )
         self._restore_rng(resumed)
         self._frozen_hash, self._frozen = resumed.manifest.frozen, resumed.frozen
-        self._idle = [name for name in resumed.frozen.placement if name not in self._shapes] if resumed.frozen else []
         self.saved_step = resumed.manifest.step
         return resumed.manifest.step
 

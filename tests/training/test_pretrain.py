@@ -1,0 +1,270 @@
+"""The main job, start to end on one rank."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import make_inputs, settings, write_config
+
+from megacog.checkpoint.discovery import list_checkpoints
+from megacog.checkpoint.export import open_export
+from megacog.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, DataError
+from megacog.training import pretrain
+from megacog.training.guard import NonFiniteError
+from megacog.training.loop import Loop
+
+PROMPT = "the digit 3 moves left"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def run(folder: Path, values: dict[str, Any], *overrides: str) -> int:
+    config = write_config(folder / "config.yaml", values)
+    return pretrain.main(["--config", str(config), *overrides])
+
+
+def torch_settings(inputs: Path, run_dir: Path, stage: str = "base", **train: Any) -> dict[str, Any]:
+    return settings(inputs, run_dir, stage, engine="torch", **train)
+
+
+@pytest.fixture(scope="module")
+def base(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished base run."""
+    folder = tmp_path_factory.mktemp("base")
+    values = torch_settings(inputs, folder / "run", steps=40, eval_every=20, gradient_clip=1.0)
+    values["samples"] = {"every": 40, "prompts": [PROMPT]}
+    assert run(folder, values) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def sequential(inputs: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sequential run on that base."""
+    folder = tmp_path_factory.mktemp("sequential")
+    values = torch_settings(inputs, folder / "run", "sequential")
+    values["model"]["inherit"] = str(base / "export")
+    assert run(folder, values) == 0
+    return folder / "run"
+
+
+def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def numbers(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What must be bitwise equal between two runs."""
+    keys = ("step", "loss", "frame_loss", "grad_norm", "learning_rate")
+    return [tuple(str(line[key]) for key in keys) for line in records(run_dir, "train")]
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    export = open_export(run_dir / "export", verify=True)
+    return {name: export.tensor(name) for name in export.files}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert numbers(one) == numbers(other)
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_the_base_learns_and_the_run_folder_is_complete(base: Path) -> None:
+    train = records(base, "train")
+    assert [line["step"] for line in train] == list(range(1, 41))
+    assert train[-1]["loss"] < 0.85 * train[0]["loss"]
+    assert train[0]["loss"] == pytest.approx(math.log(24), rel=0.02)
+    assert train[0]["frame_loss"].keys() == {"f0"} and train[0]["samples"] == 8
+    assert [line["step"] for line in records(base, "eval")] == [20, 40]
+    for name in ("config.yaml", "command.txt", "samples/step-0000040/contact_sheet.png", "export/manifest.json"):
+        assert (base / name).is_file(), name
+    assert open_export(base / "export").model.boi_id is not None
+
+
+def test_a_video_stage_freezes_the_base_and_reports_every_predicted_frame(base: Path, sequential: Path) -> None:
+    before, after = tensors(base), tensors(sequential)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert open_export(sequential / "export").plus == ("sequential",)
+    assert records(sequential, "train")[0]["frame_loss"].keys() == {"f1", "f2", "f3", "f4"}
+    assert not torch.equal(after["plus.sequential.layers.0.qkv.weight"], before["layers.0.attention.qkv.weight"]), (
+        "attention-plus must have been trained"
+    )
+
+
+@pytest.mark.parametrize("plus_from", ["base", "sequential"])
+def test_interpolation_carries_the_idle_set_over_bitwise(
+    inputs: Path, sequential: Path, tmp_path: Path, plus_from: str
+) -> None:
+    values = torch_settings(inputs, tmp_path / "run", "interpolation", steps=2)
+    values["model"] |= {"inherit": str(sequential / "export"), "plus_from": plus_from}
+    values["samples"] = {"every": 2}
+    assert run(tmp_path, values) == 0
+    before, after = tensors(sequential), tensors(tmp_path / "run")
+    assert open_export(tmp_path / "run/export").plus == ("sequential", "interpolation")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    source = "plus.sequential.layers.0.qkv.weight" if plus_from == "sequential" else "layers.0.attention.qkv.weight"
+    drift = (after["plus.interpolation.layers.0.qkv.weight"] - before[source]).abs().max()
+    assert 0 < drift < 0.05
+    assert (tmp_path / "run/samples/step-0000002/contact_sheet.png").is_file()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resuming_gives_the_same_run_bitwise(inputs: Path, base: Path, tmp_path: Path, precision: str) -> None:
+    values = torch_settings(inputs, tmp_path / "whole", "sequential", precision=precision)
+    values["model"] |= {"inherit": str(base / "export"), "mlp_dropout": 0.1}  # dropout needs the random states
+    assert run(tmp_path, values) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-0000008")
+    shutil.rmtree(tmp_path / "cut/export")
+    assert run(tmp_path, values, f"train.run_dir={tmp_path / 'cut'}", "train.resume=must") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_resumed_run_needs_neither_the_inherited_export_nor_idle_sets_elsewhere(
+    inputs: Path, sequential: Path, tmp_path: Path
+) -> None:
+    inherited = tmp_path / "inherited"
+    shutil.copytree(sequential / "export", inherited)
+    values = torch_settings(inputs, tmp_path / "run", "interpolation", steps=2)
+    values["model"]["inherit"] = str(inherited)
+    values["checkpoint"] = {"every": 1}
+    assert run(tmp_path, values) == 0
+    expected = tensors(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-0000002")
+    shutil.rmtree(tmp_path / "run/export")
+    shutil.rmtree(inherited)
+    assert run(tmp_path, values) == 0
+    found = tensors(tmp_path / "run")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_signal_finishes_the_step_saves_and_exits_85_and_the_rest_is_bitwise(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, torch_settings(inputs, tmp_path / "whole")) == 0
+    original = Loop.train_step
+
+    def interrupted(self: Loop, batches: Any, step: int) -> Any:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batches, step)
+
+    values = torch_settings(inputs, tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "train_step", interrupted)
+        assert run(tmp_path, values) == EXIT_PREEMPTED
+    assert list_checkpoints(tmp_path / "cut")[0].name == "step-0000003"
+    assert not (tmp_path / "cut/export").exists()
+    assert run(tmp_path, values) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_samples_and_evaluation_do_not_change_training(inputs: Path, tmp_path: Path) -> None:
+    plain = torch_settings(inputs, tmp_path / "plain", eval_every=0)
+    plain["model"]["mlp_dropout"] = 0.1
+    assert run(tmp_path, plain) == 0
+    busy = torch_settings(inputs, tmp_path / "busy", eval_every=2)
+    busy["model"]["mlp_dropout"] = 0.1
+    busy["samples"] = {"every": 2, "prompts": [PROMPT]}
+    assert run(tmp_path, busy) == 0
+    assert_same_run(tmp_path / "plain", tmp_path / "busy")
+
+
+def test_a_finished_run_is_not_trained_again(inputs: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "run")
+    values = torch_settings(inputs, tmp_path / "run", steps=40, gradient_clip=1.0)
+    assert run(tmp_path, values) == 0
+    assert numbers(tmp_path / "run") == numbers(base)
+
+
+def test_resume_from_a_foreign_checkpoint_names_every_difference(inputs: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "run")
+    values = torch_settings(inputs, tmp_path / "run", steps=50, seed=7)
+    values["model"]["num_heads"] = 2
+    with pytest.raises(CheckpointError, match=r"model.num_heads was 4 and is 2.*train.seed was 1234 and is 7"):
+        run(tmp_path, values)
+
+
+def test_must_without_a_checkpoint_and_never_with_one_are_refused(inputs: Path, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        run(tmp_path, torch_settings(inputs, tmp_path / "new", resume="must"))
+    with pytest.raises(CheckpointError, match="never"):
+        run(tmp_path, torch_settings(inputs, base, resume="never"))
+
+
+def test_inheriting_another_shape_names_the_differences(inputs: Path, base: Path, tmp_path: Path) -> None:
+    values = torch_settings(inputs, tmp_path / "run", "sequential")
+    values["model"] |= {"inherit": str(base / "export"), "hidden_size": 64, "text_positions": 40}
+    with pytest.raises(CheckpointError, match="hidden_size is 32 there and 64 here.*text_positions"):
+        run(tmp_path, values)
+
+
+def test_plus_from_a_set_that_the_export_lacks_is_refused(inputs: Path, base: Path, tmp_path: Path) -> None:
+    values = torch_settings(inputs, tmp_path / "run", "interpolation")
+    values["model"] |= {"inherit": str(base / "export"), "plus_from": "sequential"}
+    with pytest.raises(ConfigError, match="holds no plus.sequential"):
+        run(tmp_path, values)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "error", "message"),
+    [
+        ("model", "image_vocab_size", 25, ConfigError, "codebook_size 24"),
+        ("model", "text_vocab_size", 8, ConfigError, "text_vocab_size 8"),
+        ("model", "boi_id", 0, ConfigError, "boi_id"),
+        ("train", "global_batch_size", 2, None, ""),
+        ("model", "grid", [3, 4], DataError, "grid"),
+    ],
+)
+def test_settings_that_do_not_fit_the_files_are_refused(
+    inputs: Path, tmp_path: Path, section: str, key: str, value: Any, error: type[Exception] | None, message: str
+) -> None:
+    values = torch_settings(inputs, tmp_path / "run", steps=1)
+    values[section][key] = value
+    if error is None:
+        assert run(tmp_path, values) == 0
+        return
+    with pytest.raises(error, match=message):
+        run(tmp_path, values)
+
+
+def test_samples_without_prompts_are_refused_at_the_start(inputs: Path, tmp_path: Path) -> None:
+    values = torch_settings(inputs, tmp_path / "run")
+    values["samples"] = {"every": 1}
+    with pytest.raises(ConfigError, match="samples.prompts"):
+        run(tmp_path, values)
+
+
+def test_a_run_whose_loss_is_never_finite_stops_and_names_the_samples(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Loop.inputs
+
+    def poisoned(self: Loop, batch: Any) -> dict[str, Any]:
+        return original(self, batch) | {"frame_weights": (float("nan"),)}
+
+    monkeypatch.setattr(Loop, "inputs", poisoned)
+    with pytest.raises(NonFiniteError, match=r"step 5.*train-\d+\["):
+        run(tmp_path, torch_settings(inputs, tmp_path / "run"))
+
+
+def test_activation_checkpointing_gives_the_same_run(inputs: Path, base: Path, tmp_path: Path) -> None:
+    for name, on in (("off", False), ("on", True)):
+        values = torch_settings(inputs, tmp_path / name, "sequential", steps=3, activation_checkpointing=on)
+        values["model"]["inherit"] = str(base / "export")
+        assert run(tmp_path, values) == 0
+    for one, other in zip(records(tmp_path / "off", "train"), records(tmp_path / "on", "train"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
