@@ -283,7 +283,8 @@ def _write_split(folder: Path, clips: Iterator[Clip], num_clips: int, desc: str)
         rows = csv.writer(table, lineterminator="\n")
         rows.writerow(["video", "caption"])
         for index, clip in enumerate(progress(clips, num_clips, desc)):
-            name = f"{index:06d}.mp4"
+            # Clip ids are file names, and no id may stand in two splits.
+            name = f"{folder.name}-{index:06d}.mp4"
             _write_mp4(folder / name, render(clip))
             rows.writerow([name, clip.caption])
             motion = clip.motion

@@ -146,7 +146,7 @@ def test_corpus_folder_holds_what_its_tables_say(tmp_path: Path) -> None:
         assert [row["video"] for row in rows] == [record["video"] for record in records]
         assert len(rows) == len(list((out / name).glob("*.mp4"))) == count
     clip = next(corpus_clips("train", 1, 0))
-    with av.open(str(out / "train" / "000000.mp4")) as container:
+    with av.open(str(out / "train" / "train-000000.mp4")) as container:
         assert container.streams.video[0].average_rate == FPS
         stored = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     error = ((stored.astype(np.float64) - render(clip)) ** 2).mean()
