@@ -35,7 +35,7 @@ from megacog.runtime.files import atomic_file
 from megacog.tokenizers.frames import FrameTokenizer
 
 # Small models on a CPU are fastest with many sequences at once.
-LARGE_BATCH = 256
+LARGE_BATCH = 128
 _REAL_SEED = 4711
 _GRID_CLIPS = 40
 
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         description="Generate clips of the demo captions and judge them: the right digit, the right way?",
-        epilog="key=value sets a generation setting, e.g. guidance=3 seed=7 (batch_size is at least 256 unless given).",
+        epilog="key=value sets a generation setting, e.g. guidance=3 seed=7 (batch_size is at least 128 unless given).",
     )
     parser.add_argument("export", type=Path, help="export folder of a model trained on the demo corpus")
     parser.add_argument(
