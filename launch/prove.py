@@ -14,8 +14,10 @@ from megacog.runtime.cli import run
 
 TOLERANCE = 1e-5
 EXPORT_PROOFS = {
+    "fresh": ("megacog.evaluation.fresh", "EXPORT: a fresh attention-plus starts with the base's logits"),
     "replay": ("megacog.evaluation.replay", "EXPORT: a clip through the decode caches gives the training logits"),
     "rates": ("megacog.evaluation.rates", "EXPORT: at twice the frame rate the digit moves half as far per frame"),
+    "idle": ("megacog.evaluation.idle", "BEFORE AFTER: training one attention-plus leaves base and other set as is"),
 }
 """Sub-commands with a command line of their own: module, help."""
 
