@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elements += old.numel()
         if old.dtype != now.dtype or not torch.equal(old.view(torch.uint8), now.view(torch.uint8)):
             changed.append(name)
-    print(f"{len(before.files)} tensors, {elements:,} elements of base and plus.{before.plus[0]}: {len(changed)} changed")
+    held = f"base and plus.{before.plus[0]}"
+    print(f"{len(before.files)} tensors, {elements:,} elements of {held}: {len(changed)} changed")
     print(f"plus.{new[0]} was trained meanwhile")
     for name in changed:
         print(f"changed: {name}")
