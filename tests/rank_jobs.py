@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megacog.checkpoint import records
 from megacog.checkpoint.discovery import find_checkpoint
 from megacog.config.schema import Config
+from megacog.errors import CheckpointError
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
@@ -89,7 +92,33 @@ def same_states(one: Engine, other: Engine) -> bool:
     return same
 
 
-JOBS: dict[str, Callable[..., dict[str, Any]]] = {"compare": compare, "resume": resume}
+def failing_save(folder: Path) -> dict[str, Any]:
+    """What every rank is told when rank 1 has no space, and what is left of the checkpoint."""
+    groups = build_process_groups(1)
+    config = small_config("torch", 0, 1, 2)
+    train = config.train.model_copy(update={"run_dir": str(folder / "run")})
+    engine, state = start(config.model_copy(update={"train": train}), groups, None)
+    run_step(engine, config, groups, 1)
+    if dist.get_rank() == 1:
+        records.save_file = no_space  # type: ignore[attr-defined]
+    try:
+        state.save(1)
+    except CheckpointError as error:
+        dist.barrier()
+        left = [path.name for path in (folder / "run").rglob("*")]
+        return {"error": str(error), "left": left}
+    raise AssertionError("the checkpoint was written")
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {
+    "compare": compare,
+    "resume": resume,
+    "failing_save": failing_save,
+}
 
 
 def main() -> None:
