@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from megacog.config import schema
 
@@ -48,8 +47,7 @@ def _section_of(annotation: Any) -> type[schema.Section] | None:
 def _row(name: str, info: FieldInfo, note: str) -> str:
     bounds = [(sign, getattr(rule, key, None)) for key, sign in _BOUNDS.items() for rule in info.metadata]
     kind = ", ".join([_kind(info.annotation), *(f"{sign} {bound}" for sign, bound in bounds if bound is not None)])
-    value = info.get_default(call_default_factory=True)
-    default = "required" if value is PydanticUndefined else f"`{json.dumps(value)}`"
+    default = "required" if info.is_required() else f"`{json.dumps(info.get_default(call_default_factory=True))}`"
     return f"| `{name}` | {kind} | {default} | {note} |".replace("  |", " |")
 
 
