@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megacog.checkpoint.manifest import FILE_NAME, FileEntry
 from megacog.errors import CheckpointError, MegacogError
-from megacog.runtime.files import sync_directory
+from megacog.runtime.files import environment_error, sync_directory
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def on_rank_0(action: Callable[[], T]) -> T:
     """The result of an action that only rank 0 runs.
 
     Raises:
-        MegacogError: It failed; the same on every rank. An OSError becomes a CheckpointError.
+        MegacogError: It failed; the same on every rank. An OSError becomes an EnvError or CheckpointError.
     """
     rank, size = rank_and_size()
     outcome: list[tuple[T | None, MegacogError | None]] = [(None, None)]
@@ -45,7 +45,7 @@ def on_rank_0(action: Callable[[], T]) -> T:
         except MegacogError as error:
             outcome = [(None, error)]
         except OSError as error:
-            outcome = [(None, CheckpointError(str(error)))]
+            outcome = [(None, environment_error(error) or CheckpointError(str(error)))]
     if size > 1:
         dist.broadcast_object_list(outcome, src=0)
     result, problem = outcome[0]
@@ -65,8 +65,9 @@ def on_all_ranks(action: Callable[[], T]) -> list[T]:
     try:
         mine = (action(), None)
     except (OSError, MegacogError) as error:
-        mine = (None, f"rank {rank} on {socket.gethostname()}: {error}")
-    outcomes = [mine]
+        mendable = environment_error(error) if isinstance(error, OSError) else None
+        mine = (None, f"rank {rank} on {socket.gethostname()}: {mendable or error}")
+    outcomes: list[tuple[T | None, str | None]] = [mine]
     if size > 1:
         outcomes = [(None, None)] * size
         dist.all_gather_object(outcomes, mine)

@@ -49,7 +49,7 @@ def small_config(engine: str, zero_stage: int, tensor: int, steps: int, precisio
     train = {
         "stage": "sequential", "run_dir": "none", "engine": engine, "zero_stage": zero_stage, "steps": steps,
         "global_batch_size": GLOBAL_BATCH, "micro_batch_size": MICRO_BATCH, "precision": precision,
-        "learning_rate": 2e-3, "warmup_steps": 5, "gradient_clip": CLIP, "weight_decay": 0.01,
+        "learning_rate": 2e-4, "warmup_steps": 5, "gradient_clip": CLIP, "weight_decay": 0.01,
     }  # fmt: skip
     # Small tensors would otherwise stay whole under ZeRO 3, and nothing would be compared.
     partition_all = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

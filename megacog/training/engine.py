@@ -293,7 +293,7 @@ class DeepSpeedEngine:
                 utils.safe_set_full_optimizer_state(parameter, value, moment)
             return
         # The full setter of ZeRO 3 runs past the end of tensors that do not divide: set this rank's part.
-        size = parameter.ds_tensor.numel()
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         start = size * self._groups.data_rank
         part = torch.zeros(size, dtype=value.dtype, device=value.device)
         mine = value.flatten()[start : start + size]
@@ -310,7 +310,7 @@ class DeepSpeedEngine:
             return
         # Hooks gather ZeRO 3's parameters only inside `forward`; other uses get a plain copy.
         with torch.device("meta"):
-            copy = CogVideo(self.model.config, tuple(self.model.plus), self._groups.tensor)
+            copy = CogVideo(self.model.config, tuple(self.model.plus), self._groups.tensor)  # type: ignore[arg-type]
         for name, _ in list(copy.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             weight = nn.Parameter(self.weight(name), requires_grad=False)

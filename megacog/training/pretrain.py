@@ -6,7 +6,7 @@ import argparse
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -87,7 +87,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--config", required=True, type=Path, help="YAML file of the run")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the DeepSpeed launcher, not used")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="override a key of the configuration"
+    )
     return parser.parse_args(argv)
 
 
@@ -112,10 +114,13 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     run_dir = Path(config.train.run_dir)
     checkpoint = find_checkpoint(run_dir, config.train.resume)
     export = open_inherited(config) if checkpoint is None else None  # a resumed run has its own copy
-    check_tokenizers(export, tokenizers)
+    if export is not None:
+        check_tokenizers(tokenizers, fingerprints_of(export), export.path)
 
     seed_everything(config.train.seed + groups.data_rank)
     model, resumed, sources = build_model(config, groups, device, export, checkpoint)
+    if checkpoint is not None:
+        check_tokenizers(tokenizers, checkpoint[1].fingerprints, checkpoint[0])
     shapes = shapes_of(model)
     idle = idle_tensors(config, export) if resumed is None else resumed.idle_tensors(shapes)
     if ranks.rank == 0:
@@ -202,21 +207,22 @@ def resolve(config: Config, tokenizers: Tokenizers) -> Config:
     return config.model_copy(update={"model": model.model_copy(update={"boi_id": text.boi_id})})
 
 
-def check_tokenizers(export: Export | None, tokenizers: Tokenizers) -> None:
+def fingerprints_of(export: Export) -> dict[str, str]:
+    """Of the tokenizers inside an export."""
+    return Tokenizers(
+        TextTokenizer.load(export.text_tokenizer), load_frame_tokenizer(export.frame_tokenizer)
+    ).fingerprints
+
+
+def check_tokenizers(tokenizers: Tokenizers, theirs: Mapping[str, str], path: Path) -> None:
     """Raises:
-    CheckpointError: The inherited model was trained with other tokenizers.
+    CheckpointError: The weights in `path`, an export or a checkpoint, were trained with other tokenizers.
     """
-    if export is None:
-        return
-    theirs = {
-        "text": TextTokenizer.load(export.text_tokenizer).fingerprint,
-        "frames": load_frame_tokenizer(export.frame_tokenizer).fingerprint,
-    }
-    different = [kind for kind, fingerprint in tokenizers.fingerprints.items() if theirs[kind] != fingerprint]
+    different = [kind for kind, fingerprint in tokenizers.fingerprints.items() if theirs.get(kind) != fingerprint]
     if different:
         raise CheckpointError(
-            f"{export.path} was trained with another {' and '.join(different)} tokenizer; its weights mean nothing "
-            f"with this one. Set tokenizer.{different[0]} to the one in the export"
+            f"{path} was trained with another {' and '.join(different)} tokenizer; its weights mean nothing "
+            f"with this one. Set tokenizer.{different[0]} to the one that it was trained with"
         )
 
 

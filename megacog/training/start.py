@@ -123,7 +123,7 @@ def describe_weights(model: CogVideo, sources: dict[str, str], idle: list[str]) 
         sources: As `start_weights` returns.
         idle: Tensors of the sets that are carried over.
     """
-    rows = [("tensors", "parameters", "state", "group", "from")]
+    rows: list[tuple[str, ...]] = [("tensors", "parameters", "state", "group", "from")]
     groups: dict[str, list[int]] = {}
     trained: dict[str, bool] = {}
     for name, parameter in model.named_parameters():
@@ -132,12 +132,12 @@ def describe_weights(model: CogVideo, sources: dict[str, str], idle: list[str]) 
         count[0] += 1
         count[1] += parameter.numel()
         trained[group] = parameter.requires_grad
-    for group, (tensors, numel) in groups.items():
+    for group, (number, numel) in groups.items():
         part = ".".join(group.split(".")[:2]) if group.startswith("plus.") else "base"
         state = "trained" if trained[group] else "frozen"
-        rows.append((str(tensors), f"{numel:,}", state, group, sources.get(part, "checkpoint")))
-    for group, count in Counter(".".join(name.split(".")[:2]) for name in idle).items():
-        rows.append((str(count), "", "idle", group, "carried over bitwise"))
+        rows.append((str(number), f"{numel:,}", state, group, sources.get(part, "checkpoint")))
+    for group, tensors in Counter(".".join(name.split(".")[:2]) for name in idle).items():
+        rows.append((str(tensors), "", "idle", group, "carried over bitwise"))
     return "\n".join(_format_rows(rows))
 
 

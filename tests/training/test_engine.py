@@ -104,7 +104,9 @@ def test_a_step_with_non_finite_gradients_changes_nothing() -> None:
 
 
 def test_training_lowers_the_loss() -> None:
-    engine, config = engine_and_config(steps=30)
+    config = small_config("torch", 0, 1, 30)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 2e-3})})
+    engine = small_engine(config, ALONE)
     losses = [run_step(engine, config, ALONE, step)[0] for step in (*range(1, 31), 1)]
     assert losses[-1] < losses[0] - 0.004
 
