@@ -7,7 +7,7 @@ the vocabulary fit the tokenizer?) are checked where the files are opened.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -53,6 +53,18 @@ class AttentionConfig(Section):
     interpolation: SpaceConfig = SpaceConfig(kind="shifted_window", window=(10, 10))
 
 
+class InitConfig(Section):
+    """Random start of a base that inherits nothing. The defaults are the release's, made for width 3072."""
+
+    weight_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of linear weights; output projections get this / sqrt(2 num_layers)."""
+    embedding_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of code, text and position embeddings."""
+    residual_norm: float = Field(default=1.0, gt=0)
+    """Initial weight of the third and fourth layernorm: how much a layer adds to the residual stream. At 1, what
+    the embeddings say soon drowns; small models trained for minutes want less."""
+
+
 class ModelConfig(Section):
     """Shape of the transformer and where its weights start from."""
 
@@ -83,6 +95,7 @@ class ModelConfig(Section):
     embedding_dropout: float = Field(default=0.0, ge=0, lt=1)
     mlp_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention: AttentionConfig = AttentionConfig()
+    init: InitConfig = InitConfig()
     inherit: str | None = None
     """Export whose weights this run starts from; null = random base."""
     plus_from: PlusStage | Literal["base"] = "base"
@@ -200,6 +213,9 @@ class LossConfig(Section):
     """Weight of each frame of the sequence in the mean; null = 1 on every predicted frame."""
 
 
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Section):
     stage: Stage
     run_dir: str
@@ -216,7 +232,7 @@ class TrainConfig(Section):
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     """The cosine ends at this share of learning_rate."""
     warmup_steps: int = Field(default=500, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     gradient_clip: float = Field(default=0.1, ge=0)
@@ -250,7 +266,7 @@ class CheckpointConfig(Section):
 class GenerationConfig(Section):
     """How clips are sampled."""
 
-    levels: int = Field(default=3, ge=0)
+    levels: int = Field(default=3, ge=0, le=10)
     """Recursive interpolations after the key frames: 5 -> 9 -> 17 -> 33 frames."""
     seconds: float = Field(default=4.0, gt=0)
     """Time between the first and the last key frame of one pass."""

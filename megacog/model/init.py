@@ -16,8 +16,8 @@ from megacog.config.schema import PlusStage
 from megacog.model.layout import tiled_plus_positions
 from megacog.model.transformer import CogVideo
 
-STD = 0.02
-"""Standard deviation of embeddings and input projections (facts of the release)."""
+PLUS_DENSE_STD = 0.02
+"""Standard deviation of a random attention-plus `dense`, unscaled (facts of the release)."""
 
 
 def whole_shape(parameter: Tensor, size: int) -> list[int]:
@@ -31,17 +31,21 @@ def whole_shape(parameter: Tensor, size: int) -> list[int]:
 
 @torch.no_grad()
 def initialize_base(model: CogVideo, seed: int) -> None:
-    """Draw the base: N(0, 0.02), output projections N(0, 0.02 / sqrt(2 layers)), biases 0, norms 1 and 0."""
+    """Draw the base as `model.init` says; biases 0."""
+    init = model.config.init
     for name, parameter in model.named_parameters():
         if name.startswith("plus."):
             continue
         if name.endswith("bias"):
             parameter.zero_()
         elif "layernorm" in name:
-            parameter.fill_(1.0)
+            adds_to_residual = "third_layernorm" in name or "fourth_layernorm" in name
+            parameter.fill_(init.residual_norm if adds_to_residual else 1.0)
+        elif "embedding" in name:
+            _draw(model, name, parameter, init.embedding_std, seed)
         else:
             output = name.endswith(("dense.weight", "down.weight"))
-            std = STD / math.sqrt(2 * model.config.num_layers) if output else STD
+            std = init.weight_std / math.sqrt(2 * model.config.num_layers) if output else init.weight_std
             _draw(model, name, parameter, std, seed)
 
 
@@ -59,7 +63,7 @@ def initialize_plus(model: CogVideo, stage: PlusStage, dense: Literal["copy", "r
             plus_layer.dense.load_state_dict(layer.attention.dense.state_dict())
         else:
             plus_layer.dense.bias.zero_()
-            _draw(model, f"plus.{stage}.layers.{index}.dense.weight", plus_layer.dense.weight, STD, seed)
+            _draw(model, f"plus.{stage}.layers.{index}.dense.weight", plus_layer.dense.weight, PLUS_DENSE_STD, seed)
 
 
 def _draw(model: CogVideo, name: str, parameter: Tensor, std: float, seed: int) -> None:

@@ -247,10 +247,19 @@ def _pixel_weights(centers_T: NDArray[np.float64], num_cells: int, size: int) ->
     return scale * np.diff(area, axis=1)
 
 
-def corpus_clips(split: Split, num_clips: int, seed: int, two_part: bool = False) -> Iterator[Clip]:
+def corpus_clips(
+    split: Split, num_clips: int, seed: int, two_part: bool = False, scans_per_digit: int | None = None
+) -> Iterator[Clip]:
     """Yields the clips of a split; captions take turns, so every 40 (two-part: 120) clips hold each once.
 
-    Clip i depends on (seed, split, i) only, not on the number of clips.
+    Clip i depends on (seed, split, i) and `scans_per_digit` only, not on the number of clips.
+
+    Args:
+        split: whose handwriting is drawn.
+        num_clips: how many.
+        seed: of everything random.
+        two_part: captions with two motions.
+        scans_per_digit: draw only this many scans of each digit; None = all of the split.
     """
     ids = np.array(scan_ids(split))
     _, labels = _dataset()
@@ -258,7 +267,7 @@ def corpus_clips(split: Split, num_clips: int, seed: int, two_part: bool = False
     for index in range(num_clips):
         rng = np.random.default_rng([seed, ["train", "heldout", "judge"].index(split), int(two_part), index])
         digit = index // len(motions) % 10
-        of_digit = ids[labels[ids] == digit]
+        of_digit = ids[labels[ids] == digit][:scans_per_digit]
         num_frames = int(rng.choice(TWO_PART_FRAME_COUNTS)) if two_part else None
         motion = sample_motion(rng, motions[index % len(motions)], num_frames)
         yield Clip(digit, int(of_digit[rng.integers(len(of_digit))]), motion)
@@ -271,15 +280,28 @@ def render(clip: Clip) -> NDArray[np.uint8]:
     return render_clip(images[clip.scan_id], motion.directions, motion.speed, motion.start, motion.num_frames)
 
 
-def write_corpus(out: Path, num_clips: int, num_heldout: int, seed: int, two_part: bool, replace: bool) -> None:
-    """Writes the whole corpus folder; it appears complete or not at all."""
+def write_corpus(
+    out: Path,
+    num_clips: int,
+    num_heldout: int,
+    seed: int,
+    two_part: bool,
+    replace: bool,
+    scans_per_digit: int | None = None,
+) -> None:
+    """Writes the whole corpus folder; it appears complete or not at all.
+
+    `scans_per_digit` limits the handwriting of the training clips; see `corpus_clips`.
+    """
     sets: list[tuple[Split, int, bool]] = [("train", num_clips, False), ("heldout", num_heldout, False)]
     if two_part:
         sets += [("train", num_clips, True), ("heldout", num_heldout, True)]
     with atomic_directory(out, replace=replace) as folder:
         for split, count, is_two_part in sets:
             name = f"two-part/{split}" if is_two_part else split
-            _write_split(folder / name, corpus_clips(split, count, seed, is_two_part), count, f"drawing {name}")
+            limit = scans_per_digit if split == "train" else None
+            clips = corpus_clips(split, count, seed, is_two_part, limit)
+            _write_split(folder / name, clips, count, f"drawing {name}")
 
 
 def _write_split(folder: Path, clips: Iterator[Clip], num_clips: int, desc: str) -> None:
@@ -337,12 +359,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--heldout-clips", type=int, default=200, help="clips of held-out handwriting (default: %(default)s)"
     )
+    parser.add_argument(
+        "--scans-per-digit",
+        type=int,
+        metavar="N",
+        help="training clips show N different scans of each digit; fewer are learned sooner (default: all 90)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--two-part", action="store_true", help='also "the digit 3 moves right then down"')
     parser.add_argument("--force", action="store_true", help="replace an existing folder")
     settings = parser.parse_args(argv)
-    for name in ("clips", "heldout_clips"):
-        if getattr(settings, name) < 1:
+    for name in ("clips", "heldout_clips", "scans_per_digit"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
     if settings.seed < 0:
         raise ConfigError(f"--seed must not be negative, not {settings.seed}")
