@@ -100,7 +100,7 @@ def failing_save(folder: Path) -> dict[str, Any]:
     engine, state = start(config.model_copy(update={"train": train}), groups, None)
     run_step(engine, config, groups, 1)
     if dist.get_rank() == 1:
-        records.save_file = no_space  # type: ignore[attr-defined]
+        records.save_tensors = no_space  # type: ignore[attr-defined]
     try:
         state.save(1)
     except CheckpointError as error:

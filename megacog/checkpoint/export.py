@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megacog.config.load import dump_config, load_config
@@ -25,6 +24,7 @@ from megacog.errors import CheckpointError
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel, materialize
 from megacog.runtime.files import atomic_directory, sha256_file
+from megacog.runtime.tensor_files import save_tensors
 
 FORMAT = "megacog-export"
 VERSION = 1
@@ -79,12 +79,12 @@ def save_export(
         tensors: Whole tensors by parameter name.
         text_tokenizer, frame_tokenizer: Folders to copy in.
     """
-    with atomic_directory(path, replace=True) as folder:
+    with atomic_directory(path, replace=True, holding="manifest.json") as folder:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         placement = {}
         for index, names in enumerate(_shards(tensors), start=1):
             file = f"model-{index:05d}.safetensors"
-            save_file({name: tensors[name].detach().cpu().contiguous() for name in names}, folder / file)
+            save_tensors({name: tensors[name].detach().cpu().contiguous() for name in names}, folder / file)
             placement.update(dict.fromkeys(names, file))
         shutil.copytree(text_tokenizer, folder / "text_tokenizer")
         shutil.copytree(frame_tokenizer, folder / "frame_tokenizer")
@@ -108,7 +108,10 @@ def open_export(path: Path, verify: bool = False) -> Export:
                 f"{manifest_path} says {manifest['format']} version {manifest['version']}, "
                 f"this megacog reads {FORMAT} version {VERSION}"
             )
-        files, tensors = manifest["files"], manifest["tensors"]
+        files, tensors = dict(manifest["files"]), dict(manifest["tensors"])
+        inside = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in files.items()}
+        if not inside.keys() >= {"config.yaml", *tensors.values()}:
+            raise ValueError("it does not list every file")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest_path} is damaged ({error!r}); export the run again") from error
     for name, record in files.items():

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megacog.errors import CheckpointError
+from megacog.runtime.tensor_files import save_tensors
 
 Record = dict[str, Tensor]
 """Whole tensors by field name."""
@@ -81,10 +81,8 @@ class RecordWriter:
     def _flush(self) -> None:
         name = f"{self._stem}-{len(self.files):02d}.safetensors"
         try:
-            save_file(self._pending, self._folder / name)
+            save_tensors(self._pending, self._folder / name)
             self.files[name] = sorted({key.partition("/")[2] for key in self._pending})
-        except SafetensorError as error:  # carries the operating system's error as text
-            self._error = OSError(f"{self._folder / name}: {error}")
         except OSError as error:
             self._error = error
         self._pending, self._bytes = {}, 0

@@ -81,10 +81,33 @@ def disk_full_as_oserror() -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        for code in (errno.ENOSPC, errno.EDQUOT):
-            if f"errno = {code}," in str(error):
-                raise OSError(code, os.strerror(code)) from error
+        # Closing the file after a failed write fails again, for a reason that follows from the first one.
+        cause: BaseException | None = error
+        while cause is not None:
+            for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if f"errno = {code}," in str(cause):
+                    raise OSError(code, os.strerror(code)) from error
+            cause = cause.__context__
         raise
+
+
+def check_room(path: Path, metadata_bytes: int, total_bytes: int) -> None:
+    """Check that a file can hold so much, and empty it. HDF5 itself leaves tracebacks behind when a disk is full.
+
+    Args:
+        path: an existing file.
+        metadata_bytes: of everything but the frames; really reserved for the check.
+        total_bytes: of the whole file; checked against limits on the size of files only.
+
+    Raises:
+        OSError: with the errno of the operating system.
+    """
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, metadata_bytes)
+            os.ftruncate(file.fileno(), total_bytes)
+        finally:
+            os.ftruncate(file.fileno(), 0)
 
 
 @contextmanager

@@ -152,11 +152,20 @@ class ShardWriter:
             return
         with self._stack:
             assert self._file is not None and spool is not None
+            path = Path(self._file.name)
+            metadata_bytes = self._metadata_bytes()
+            hdf5.check_room(path, metadata_bytes, metadata_bytes + spool.tell())
             with hdf5.disk_full_as_oserror():
-                offset = self._write(Path(self._file.name))
+                offset = self._write(path)
             self._copy_frames(spool, offset)
             with Shard(self._file.name) as shard:
                 shard.verify()
+
+    def _metadata_bytes(self) -> int:
+        """Returns about how much the file holds besides frames: texts, numbers per clip and frame, HDF5's own."""
+        texts = sum(len(text) + 16 for text in (*self._captions, *map(str.encode, self._ids)))
+        tokens = sum(8 * len(ids) + 8 for ids in self._token_ids)
+        return texts + tokens + 20 * len(self._num_frames) + 4 * len(self._crc32) + len(self.meta.settings) + (8 << 10)
 
     def _write(self, path: Path) -> int:
         """Writes everything but the frames; returns where the frames start, in bytes."""

@@ -32,6 +32,7 @@ from megacog.generation.output import Strip, spread, watchable_scale, write_cont
 from megacog.prepare import digits
 from megacog.runtime import log
 from megacog.runtime.files import atomic_file
+from megacog.runtime.hardware import usable_device
 from megacog.tokenizers.frames import FrameTokenizer
 
 # Small models on a CPU are fastest with many sequences at once.
@@ -233,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where the trained judge is kept (default: %(default)s)",
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="generation settings")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="generation settings")
     return parser
 
 
@@ -253,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         two_part=arguments.two_part,
         real=arguments.real_clips,
         judge_cache=arguments.judge_cache,
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=usable_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")),
     )
     _print_summary(report, out)
     return 0

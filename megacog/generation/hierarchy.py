@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megacog.config.schema import GenerationConfig, Stage
-from megacog.errors import ConfigError
+from megacog.errors import ConfigError, DataError
 from megacog.generation.decode import generate_frames
 from megacog.generation.sampling import row_generator
 from megacog.model.transformer import CogVideo
@@ -69,12 +69,19 @@ class ClipPlan:
     passes: int
 
 
+_MAX_SECONDS = 86400.0
+_MAX_FPS = 10_000.0  # beyond that, video files cannot say it
+
+
 def plan_clip(seconds: float, num_frames: int, settings: GenerationConfig) -> ClipPlan:
     """The plan of a clip of `seconds`: one pass if it fits into `settings.seconds`, else several.
 
     Raises:
         ConfigError: the overlap leaves no new key frame in a pass, or the model cannot interpolate.
+        DataError: the clip would be absurdly long or fast.
     """
+    if seconds > _MAX_SECONDS:
+        raise DataError(f"a clip of {seconds:g} seconds is longer than the {_MAX_SECONDS:g} that are possible")
     if settings.overlap >= num_frames:
         raise ConfigError(
             f"generation.overlap {settings.overlap} leaves no new frame in a sequence of {num_frames} frames; "
@@ -94,6 +101,11 @@ def plan_clip(seconds: float, num_frames: int, settings: GenerationConfig) -> Cl
     new_per_pass = num_frames - settings.overlap
     passes = 1 + math.ceil((key_intervals - pass_intervals) / new_per_pass)
     fps = key_rate * 2**settings.levels
+    if fps > _MAX_FPS:
+        raise DataError(
+            f"a clip of {seconds:g} seconds would have {fps:g} frames per second, more than {_MAX_FPS:g}; "
+            "ask for more seconds, or set fewer generation.levels"
+        )
     return ClipPlan(span, fps, math.floor(seconds * fps + 1e-6) + 1, key_intervals, passes)
 
 

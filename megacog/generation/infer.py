@@ -12,8 +12,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -38,12 +38,15 @@ from megacog.generation.output import (
 )
 from megacog.generation.prompts import BadPrompt, Prompt, read_prompts
 from megacog.runtime import log
+from megacog.runtime.hardware import usable_device
 from megacog.tokenizers.frames import load_frame_tokenizer
 from megacog.tokenizers.text import TextTokenizer
 
 RESULTS = "results.jsonl"
 # Frames on a contact sheet: 33 frames of a default clip fit.
 _SHEET_FRAMES = 36
+# Longest side of an enlarged frame: what H.264 players can show.
+_MAX_PIXELS = 4096
 _logger = log.get_logger(__name__)
 
 
@@ -213,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="replace clips of an earlier run in --out")
     parser.add_argument("--scale", type=int, help="enlarge every pixel this many times (default: to >= 128 pixels)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="generation settings")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="generation settings")
     return parser
 
 
@@ -266,6 +269,26 @@ def _prepare_folder(out: Path, jobs: Sequence[Job], force: bool) -> None:
             f"{out} already holds {there[0]}{f' and {len(there) - 1} more' if len(there) > 1 else ''}; "
             "choose another --out, or replace them with --force"
         )
+
+
+def _check_scale(scale: int | None, generator: ClipGenerator) -> None:
+    if scale is None:
+        return
+    side = max(generator.model.config.grid) * generator.frames.downsample
+    most = max(1, _MAX_PIXELS // side)
+    if not 1 <= scale <= most:
+        raise ConfigError(f"--scale must be from 1 to {most} for frames of {side} pixels, not {scale}")
+
+
+@contextmanager
+def _results_file(path: Path) -> Iterator[IO[str]]:
+    """Yield results.jsonl to write lines to; a failure before the first line leaves no file."""
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            yield file
+    finally:
+        if path.is_file() and path.stat().st_size == 0:
+            path.unlink()
 
 
 def _write_result(file: IO[str], **fields: Any) -> None:
@@ -331,22 +354,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 1 if a prompt failed."""
     arguments = _parser().parse_intermixed_args(argv)
     log.setup()
-    if arguments.scale is not None and arguments.scale < 1:
-        raise ConfigError(f"--scale must be at least 1, not {arguments.scale}")
     prompts, bad = read_prompts(arguments.prompts)
     repository = Path(__file__).resolve().parents[2]
     path = find_export(arguments.model, [Path.cwd(), repository])
     export = open_export(path)
     print(f"model: {path}")
     settings = apply_overrides(export.config.generation, arguments.overrides, "generation")
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     generator = load_generator(export, settings, device)
+    _check_scale(arguments.scale, generator)
     jobs, unusable = make_jobs(prompts, generator, arguments.prompts)
     bad = sorted([*bad, *unusable], key=lambda prompt: prompt.line)
     _prepare_folder(arguments.out, jobs, arguments.force)
 
     start = time.monotonic()
-    with open(arguments.out / RESULTS, "w", encoding="utf-8") as results:
+    with _results_file(arguments.out / RESULTS) as results:
         for prompt in bad:
             print(f"error: {prompt.error}", file=sys.stderr)
             _write_result(results, line=prompt.line, prompt=prompt.text, error=prompt.error)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -147,7 +146,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="YAML", help="print the clips x rates table under this training config"
     )
     add(
-        "--code-frames", type=int, default=100_000, help="frames to count codes in, 0 = all (default: 100000)"
+        "--code-frames", type=_count_or_all, default=100_000, help="frames to count codes in, 0 = all (default: 100000)"
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(command=_inspect)
@@ -190,10 +189,12 @@ def _run(options: argparse.Namespace) -> int:
         batch=options.batch,
         overwrite=options.overwrite,
     )
+    from megacog.runtime.hardware import usable_device
     from megacog.tokenizers.frames import load_frame_tokenizer
 
+    tokenizer = load_frame_tokenizer(options.tokenizer, usable_device(options.device))
     try:
-        summary = prepare(source, load_frame_tokenizer(options.tokenizer, options.device), settings)
+        summary = prepare(source, tokenizer, settings)
     except KeyboardInterrupt:
         get_logger(__name__).warning("stopped; finished shards are kept, the same command continues")
         raise
@@ -295,22 +296,43 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if result.failures else 0
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
 def _positive(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    value = _number(text)
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to a million")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
 
 
+def _count_or_all(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
 def _fraction(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value

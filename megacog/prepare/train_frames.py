@@ -28,6 +28,7 @@ from megacog.prepare.perceptual import PerceptualLoss
 from megacog.runtime.files import atomic_directory
 from megacog.runtime.log import get_logger
 from megacog.runtime.signals import StopFlag
+from megacog.runtime.tensor_files import save_tensors
 from megacog.tokenizers.frames import ConvTokenizer, ConvTokenizerConfig, pixels_of_frames
 
 STATE_VERSION = 1
@@ -250,7 +251,7 @@ def _log_line(values: dict[str, float], trainer: FrameTrainer, steps_per_second:
 
 def _save(trainer: FrameTrainer, partial: Path, identity: dict[str, Any]) -> None:
     with atomic_directory(partial, replace=True) as folder:
-        safetensors.torch.save_file(trainer.state(), folder / "state.safetensors")
+        save_tensors(trainer.state(), folder / "state.safetensors")
         fields = {"version": STATE_VERSION, "step": trainer.step_number, "identity": identity}
         (folder / "state.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 

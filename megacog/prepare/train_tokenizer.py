@@ -11,6 +11,7 @@ from typing import Any
 
 from megacog.errors import ConfigError, DataError
 from megacog.prepare import train_text
+from megacog.runtime.files import require_replaceable
 from megacog.runtime.log import setup
 
 
@@ -97,9 +98,11 @@ def train_frames(settings: argparse.Namespace) -> int:
         training_identity,
     )
     from megacog.runtime.files import atomic_directory, sha256_file
+    from megacog.runtime.hardware import usable_device
     from megacog.tokenizers.frames import ConvTokenizerConfig, write_frame_tokenizer
 
     _check(settings)
+    usable_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     training = FrameTraining(
@@ -159,7 +162,7 @@ def train_frames(settings: argparse.Namespace) -> int:
         "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
         "fingerprint": tokenizer.fingerprint,
     }
-    with atomic_directory(settings.out, replace=settings.force) as folder:
+    with atomic_directory(settings.out, replace=settings.force, holding="tokenizer.json") as folder:
         write_frame_tokenizer(folder, tokenizer)
         write_picture(folder / "reconstruction.png", tokenizer, heldout)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -200,10 +203,14 @@ def _check(settings: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}")
     if settings.threads is not None and settings.threads < 1:
         raise ConfigError(f"--threads must be at least 1, not {settings.threads}")
+    for name in ("temporal_weight", "perceptual_weight", "seed"):
+        if not 0 <= getattr(settings, name) < 2**63:
+            raise ConfigError(f"--{name.replace('_', '-')} must not be negative, not {getattr(settings, name)}")
     if not 0 < settings.heldout_fraction < 1:
         raise ConfigError(f"--heldout-fraction must lie between 0 and 1, not {settings.heldout_fraction}")
     if settings.out.exists() and not settings.force:
         raise DataError(f"{settings.out} exists already; choose another folder or pass --force to replace it")
+    require_replaceable(settings.out, "tokenizer.json")
 
 
 def _frames_sha256(pool: Any) -> str:
@@ -211,11 +218,14 @@ def _frames_sha256(pool: Any) -> str:
 
 
 def _size(text: str) -> tuple[int, int]:
-    sides = [int(side) for side in text.lower().split("x")]
-    if len(sides) not in (1, 2) or min(sides) < 1:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor HxW")
-    return sides[0], sides[-1]
+    return int(sides[0]), int(sides[-1])
 
 
 def _levels(text: str) -> tuple[int, ...]:
-    return tuple(int(level) for level in text.split(","))
+    try:
+        return tuple(int(level) for level in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 8,5,5") from None

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from megacog.errors import EXIT_DONE, MegacogError
+from megacog.errors import EXIT_DONE, EnvError, MegacogError
+from megacog.runtime.files import environment_error
 
 _EXIT_INTERRUPTED = 130
 _EXIT_BROKEN_PIPE = 141
@@ -16,8 +17,9 @@ _EXIT_BROKEN_PIPE = 141
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and leave the process with its exit code (None = 0).
 
-    A MegacogError prints `error: <message>` and uses its own code, Ctrl-C gives 130. Anything else is
-    a bug and keeps its traceback.
+    A MegacogError prints `error: <message>` and uses its own code, and so does an OSError that a user can
+    mend (no space, no permission, a file where a folder is needed, ...). Ctrl-C gives 130. Anything else
+    is a bug and keeps its traceback.
     """
     try:
         code = main()
@@ -32,6 +34,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         # The reader of our output (head, less) has gone; a second error at exit would only confuse.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_EXIT_BROKEN_PIPE)
+    except OSError as error:
+        mendable = environment_error(error)
+        if mendable is None:
+            raise
+        _complain(f"error: {mendable}")
+        sys.exit(EnvError.exit_code)
     sys.exit(EXIT_DONE if code is None else code)
 
 

@@ -13,13 +13,29 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from megacog.errors import EnvError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_MENDS = {
+    errno.ENOSPC: "Free some space, or choose another place, and run again.",
+    errno.EDQUOT: "Free some of your quota, or choose another place, and run again.",
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f) and run again.",
+    errno.EACCES: "Change its permissions or choose another place.",
+    errno.EPERM: "Change its permissions or choose another place.",
+    errno.EROFS: "The file system is read-only; choose another place.",
+    errno.ENOTDIR: "A file stands where a folder is needed; choose another place.",
+    errno.EEXIST: "Something else stands there already; choose another place.",
+    errno.EISDIR: "A folder stands where a file is needed; name a file.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+    errno.EIO: "The disk or the way to it fails; check it, or choose another place.",
+    errno.ESTALE: "The network disk has lost the file; run again.",
+}
+"""What a user can do about errors of paths, disks and limits."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -48,24 +64,30 @@ def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
         sync_directory(path.parent)
     except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)  # the name that people know
         _raise_for_space(error, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(NotADirectoryError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_directory(path: Path | str, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path | str, replace: bool = False, holding: str | None = None) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `path`, durably, when the block ends without an error.
 
     Args:
         path: the final name; its parent is made if missing.
         replace: an existing folder at `path` is replaced; otherwise it is an error (an empty one is not).
+        holding: a file that the folder to replace must hold, so that no other folder is removed by mistake.
 
     Raises:
         EnvError: `path` exists already, or the disk is full; nothing new remains.
     """
     path = Path(path)
-    if not replace:
+    if replace:
+        require_replaceable(path, holding)
+    else:
         _require_free_name(path)
     temporary = _temporary_name(path)
     try:
@@ -111,6 +133,14 @@ def crc32_file(path: Path | str) -> int:
     return checksum
 
 
+def environment_error(error: OSError) -> EnvError | None:
+    """Return what a user is told about an error of a path, disk or limit; None for errors that only a bug explains."""
+    if error.errno not in _MENDS:
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return EnvError(f"{where}{os.strerror(error.errno)}. {_MENDS[error.errno]}")
+
+
 def require_space(path: Path | str, needed_bytes: int) -> None:
     """Check that the file system of `path` (which need not exist yet) has room for `needed_bytes`.
 
@@ -131,6 +161,30 @@ def require_space(path: Path | str, needed_bytes: int) -> None:
 
 def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+
+
+def require_replaceable(path: Path, holding: str | None = None) -> None:
+    """Check that what is at `path`, if anything, is a folder that may be replaced by one of its own kind.
+
+    Args:
+        path: the folder.
+        holding: a file that folders of this kind hold; None = any folder will do.
+
+    Raises:
+        EnvError: it is a file, or a folder of other things, or lies below a file.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise EnvError(f"{path} cannot be made: {above} is a file. Choose another place.")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not path.is_dir():
+        raise EnvError(f"{path} is a file and is not replaced by a folder. Remove it or choose another name.")
+    if holding is not None and not (path / holding).exists():
+        raise EnvError(
+            f"{path} holds no {holding}, so it is something else and is not replaced. "
+            "Remove it yourself or choose another name."
+        )
 
 
 def _require_free_name(path: Path) -> None:

@@ -9,6 +9,8 @@ import resource
 import sys
 from typing import Any
 
+from megacog.errors import EnvError
+
 # Dense peak of one device in TFLOP/s: (name pattern, bf16 on tensor cores, fp32 without TF32), from the
 # vendors' data sheets. First match wins. A device that is not here has no MFU: a guess would be worse.
 _PEAKS: tuple[tuple[str, float | None, float | None], ...] = (
@@ -84,6 +86,25 @@ def describe_device() -> str:
     else:
         what = f"CPU {_cpu_name()} ({available_cores()} cores)"
     return f"{what}, torch {torch.__version__}"
+
+
+def usable_device(name: str) -> str:
+    """Return `name` (cpu, cuda, cuda:1, ...) after checking that torch can compute there.
+
+    Raises:
+        EnvError: it is no device, or this machine or this torch lacks it.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=name).add_(1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise EnvError(
+            f"--device {name} cannot be used: {reason.rstrip('.')}. Devices here: {', '.join(['cpu', *found])}."
+        ) from error
+    return name
 
 
 def available_cores() -> int:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megacog.errors import ConfigError, DataError
+from megacog.runtime.tensor_files import save_tensors
 from megacog.tokenizers.quantizers import EMAVQ, FSQ, Quantized
 
 FORMAT = "megacog-frame-tokenizer"
@@ -274,7 +275,7 @@ def load_frame_tokenizer(folder: Path, device: str | torch.device = "cpu") -> Fr
 def write_frame_tokenizer(folder: Path, tokenizer: ConvTokenizer) -> None:
     """Writes tokenizer.json and model.safetensors into an existing folder (the caller makes it atomic)."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    save_tensors(weights, folder / "model.safetensors")
     stored = {
         "format": FORMAT,
         "version": VERSION,

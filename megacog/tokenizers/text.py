@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -166,8 +167,9 @@ class TextTokenizer:
         valid_BL = torch.zeros((len(ids), length), dtype=torch.bool)
         for row, tokens in enumerate(ids):
             if len(tokens) > length:
+                shown = textwrap.shorten(self.decode(tokens), 80, placeholder=" ...")
                 raise DataError(
-                    f"text {self.decode(tokens)!r} has {len(tokens)} tokens, more than the {length} that "
+                    f"text {shown!r} has {len(tokens)} tokens, more than the {length} that "
                     "the model reads (model.text_length); shorten the caption"
                 )
             if tokens:
@@ -255,7 +257,7 @@ def train_text_tokenizer(
     )
     tokenizer = TextTokenizer(model, settings)
     report = _report(tokenizer, texts, rates, vocab_size)
-    with atomic_directory(out, replace=replace) as folder:
+    with atomic_directory(out, replace=replace, holding="text.json") as folder:
         write_tokenizer(folder, model, settings)
         _write_json(folder / "report.json", report)
     return report
@@ -305,7 +307,7 @@ def _train_model(
             num_threads=1 if len(texts) < 100_000 else 8,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"SentencePiece cannot train {model_type} with vocab_size {vocab_size} and byte_fallback "
             f"{byte_fallback} on {len(texts)} texts ({error}); "

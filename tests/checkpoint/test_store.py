@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_nothing_half_written(
     def no_space(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("megacog.checkpoint.records.save_file", no_space)
+    monkeypatch.setattr("megacog.checkpoint.records.save_tensors", no_space)
     with pytest.raises(CheckpointError, match=r"step-0000002.*rank 0.*No space left"):
         save(tmp_path, 2)
     assert newest(tmp_path) == 1

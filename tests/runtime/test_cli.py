@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -42,12 +44,25 @@ def test_an_interrupt_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_bug_keeps_its_traceback() -> None:
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "no such file", "x")])
+def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
     def main() -> None:
-        raise ZeroDivisionError
+        raise bug
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(bug)):
         run(main)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.ENOTDIR, errno.EROFS])
+def test_what_the_machine_refuses_is_one_message_with_path_and_advice(
+    capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    def main() -> None:
+        raise OSError(code, os.strerror(code), "/a/b")
+
+    assert exit_code(main) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: /a/b: {os.strerror(code)}. ") and "another place" in message
 
 
 def test_a_reader_that_goes_away_gives_no_traceback() -> None:

@@ -73,7 +73,7 @@ def test_a_full_disk_at_opening_is_the_same_error(tmp_path: Path, monkeypatch: p
 
 def test_other_write_errors_stay_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError), atomic_file(tmp_path / "file" / "inner"):
+    with pytest.raises(FileExistsError), atomic_file(tmp_path / "file" / "inner"):
         pass
 
 
@@ -127,6 +127,20 @@ def test_a_failed_replacement_keeps_the_old_directory(tmp_path: Path, monkeypatc
             (folder / "new").write_text("")
     assert names(tmp_path / "export") == ["old"]
     assert names(tmp_path) == ["export"]
+
+
+def test_replacing_spares_files_and_folders_of_other_things(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/a.mp4").write_text("mine")
+    for name, message in (("file", "is a file"), ("videos", "holds no kind.json"), ("file/below", "file is a file")):
+        with (
+            pytest.raises(EnvError, match=message),
+            atomic_directory(tmp_path / name, replace=True, holding="kind.json"),
+        ):
+            pytest.fail("the block must not run")
+    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path / "videos") == ["a.mp4"]
+    assert names(tmp_path) == ["file", "videos"]
 
 
 def test_an_error_in_the_block_leaves_no_directory(tmp_path: Path) -> None:
