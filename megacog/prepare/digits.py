@@ -374,6 +374,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
     if settings.seed < 0:
         raise ConfigError(f"--seed must not be negative, not {settings.seed}")
-    write_corpus(settings.out, settings.clips, settings.heldout_clips, settings.seed, settings.two_part, settings.force)
+    write_corpus(
+        settings.out,
+        settings.clips,
+        settings.heldout_clips,
+        settings.seed,
+        settings.two_part,
+        settings.force,
+        settings.scans_per_digit,
+    )
     print(f"{settings.clips} training and {settings.heldout_clips} held-out clips in {settings.out}")
     return 0

@@ -120,6 +120,13 @@ def test_clips_depend_on_seed_and_index_only() -> None:
     np.testing.assert_array_equal(render(first), render(second))
 
 
+def test_the_corpus_command_limits_the_handwriting_of_the_training_clips(tmp_path: Path) -> None:
+    options = ["--clips", "80", "--heldout-clips", "1", "--scans-per-digit", "1"]
+    assert digits.main([str(tmp_path / "corpus"), *options]) == 0
+    records = (tmp_path / "corpus/train/metadata.jsonl").read_text().splitlines()
+    assert len({json.loads(record)["scan"] for record in records}) == 10
+
+
 def test_two_part_clips_turn_halfway() -> None:
     clips = _clips("train", 120, two_part=True)
     assert len({clip.caption for clip in clips}) == 120
