@@ -11,10 +11,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-name=quickstart divisor=1 corpus_clips=1200 judged_clips=40
+name=quickstart divisor=1 corpus_clips=960 judged_clips=40
 case "${1:-}" in
     "") ;;
-    --smoke) name=smoke divisor=10 corpus_clips=160 judged_clips=4 ;;
+    --smoke) name=smoke divisor=10 corpus_clips=120 judged_clips=4 ;;
     -h | --help) sed -n '2,/^set /p' "$0" | sed '$d; s/^# \{0,1\}//'; exit 0 ;;
     *) echo "error: unknown option $1; see launch/quickstart.sh --help" >&2; exit 2 ;;
 esac
@@ -52,16 +52,39 @@ stage() { # stage NAME RUN_DIR STEPS key=value...: pretrain one stage on two ran
         "data.train=[{path: $run/shards/train-*.h5}]" "data.eval=[{path: $run/shards/heldout-*.h5}]" "$@"
 }
 
-part corpus python launch/prepare.py digits "$run/corpus" --clips "$corpus_clips" --heldout-clips 80
+part corpus python launch/prepare.py digits "$run/corpus" --clips "$corpus_clips" --heldout-clips 80 \
+    --scans-per-digit 12
 part text_tokenizer python launch/train_tokenizer.py text "$run/corpus/train/captions.csv" \
     --out "$run/text_tokenizer" --vocab-size 96 --template '{span}s' --null-caption 'a digit moves'
 part frame_tokenizer python launch/train_tokenizer.py frames "$run/corpus/train" --heldout "$run/corpus/heldout" \
-    --out "$run/frame_tokenizer" --steps $((600 / divisor)) --size 32 --downsample 4 --levels 8,5,5
+    --out "$run/frame_tokenizer" --steps $((300 / divisor)) --size 32 --downsample 4 --levels 5,5 \
+    --max-videos 600 --frames-per-video 16
 part train_shards shards train
 part heldout_shards shards heldout
-part base stage base "$run/base" 250
-part sequential stage sequential "$run/sequential" 300 model.inherit="$run/base/export" \
-    train.global_batch_size=16 train.micro_batch_size=8 train.learning_rate=2e-3
-part interpolation stage interpolation "$run" 200 model.inherit="$run/sequential/export" \
-    model.plus_from=sequential train.global_batch_size=16 train.micro_batch_size=8 train.learning_rate=2e-3
-part generation_and_judging python launch/evaluate.py "$run/export" --clips "$judged_clips" --out "$run/evaluation"
+part base stage base "$run/base" 700
+part sequential stage sequential "$run/sequential" 380 model.inherit="$run/base/export" \
+    train.global_batch_size=16 train.micro_batch_size=8
+part interpolation stage interpolation "$run" 150 model.inherit="$run/sequential/export" \
+    model.plus_from=sequential train.global_batch_size=16 train.micro_batch_size=8
+part evaluation python launch/evaluate.py "$run/export" --clips "$judged_clips" --out "$run/evaluation"
+
+python - "$run" <<'PYTHON'
+"""The evaluation's report with the seconds of every part."""
+import json
+import sys
+from pathlib import Path
+
+run = Path(sys.argv[1])
+report = json.loads((run / "evaluation/report.json").read_text())
+seconds = {part.name: int(part.read_text()) for part in (run / "parts").iterdir()}
+report["seconds"] = dict(sorted(seconds.items()))
+(run / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+print(f"\ndigit accuracy {report['digit_accuracy']:.2f}, direction accuracy {report['direction_accuracy']:.2f}, "
+      f"{len(report['clips'])} clips, {sum(seconds.values())} s in all")
+PYTHON
+if [ ! -e prompts.txt ]; then
+    printf 'the digit %s\n' '3 moves right' '7 moves up' '0 moves left' '4 moves down' >prompts.txt
+fi
+echo "look at:   $run/evaluation/grid.png and $run/evaluation/clips/"
+echo "report:    $run/report.json"
+echo "your own:  bash launch/infer.sh prompts.txt"
