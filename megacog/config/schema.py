@@ -26,6 +26,7 @@ class SpaceConfig(Section):
     its own frame only)."""
 
     kind: Literal["full", "frame", "local3d", "shifted_window"] = "full"
+    """full: all cells; frame: own frame only; local3d: near cells; shifted_window: same block."""
     window: tuple[int, int] | None = None
     """Height and width in cells; required by local3d (odd) and shifted_window."""
     frames: int | None = Field(default=None, ge=1)
@@ -69,8 +70,11 @@ class ModelConfig(Section):
     """Shape of the transformer and where its weights start from."""
 
     num_layers: int = Field(ge=1)
+    """Transformer layers; each has a base and an attention-plus channel."""
     hidden_size: int = Field(ge=1)
+    """Width of the residual stream; a multiple of num_heads."""
     num_heads: int = Field(ge=1)
+    """Attention heads of each channel; parallel.tensor divides them."""
     ffn_size: int | None = Field(default=None, ge=1)
     """Inner width of the MLP; null = 4 x hidden_size."""
     grid: tuple[int, int]
@@ -92,8 +96,11 @@ class ModelConfig(Section):
     plus_positions: int | None = Field(default=None, ge=1)
     """Rows of each additional position table; null = num_frames x cells."""
     layernorm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the variance in every layernorm."""
     embedding_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout after the embeddings."""
     mlp_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout after every MLP."""
     attention: AttentionConfig = AttentionConfig()
     init: InitConfig = InitConfig()
     inherit: str | None = None
@@ -151,7 +158,9 @@ class TokenizerConfig(Section):
     """Folders written by launch/train_tokenizer.py."""
 
     text: str
+    """Folder of the text tokenizer."""
     frames: str
+    """Folder of the frame tokenizer that made the shards."""
 
 
 class SourceConfig(Section):
@@ -160,19 +169,23 @@ class SourceConfig(Section):
     path: str
     """Shard file or glob pattern, e.g. data/clips-*.h5."""
     weight: float = Field(default=1.0, gt=0)
+    """Share in the mixture, relative to the other sources."""
 
 
 class RatePhase(Section):
     """From optimizer step `from_step` on, rates below `min_fps` are not used."""
 
     from_step: int = Field(ge=0)
+    """First optimizer step of the phase."""
     min_fps: float = Field(gt=0)
+    """Lowest rate used from then on."""
 
 
 class RatesConfig(Section):
     """Which frame rate a clip is trained at."""
 
     series: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    """Frame rates of the sequential stage, ascending."""
     interpolation: tuple[float, ...] = (2.0, 4.0, 8.0)
     """Rates of the interpolation stage."""
     policy: Literal["lowest", "mixture"] = "lowest"
@@ -218,33 +231,47 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 class TrainConfig(Section):
     stage: Stage
+    """What is trained: the base, or one attention-plus on a frozen base."""
     run_dir: str
+    """Folder of the run: config, metrics, samples, checkpoints, export."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """torch: the plain engine that DeepSpeed is checked against (one data-parallel rank or more, no ZeRO)."""
     steps: int = Field(ge=1)
+    """Optimizer steps of the whole run; the schedule ends there."""
     global_batch_size: int = Field(ge=1)
     """Samples per optimizer step over all ranks."""
     micro_batch_size: int = Field(ge=1)
     """Samples per rank and forward pass; accumulation = global / (micro x data-parallel size)."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Compute dtype. bf16 keeps fp32 masters of what is trained."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed: what is cut over data-parallel ranks (1 optimizer, 2 gradients, 3 weights)."""
     learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     """The cosine ends at this share of learning_rate."""
     warmup_steps: int = Field(default=500, ge=0)
+    """Steps of linear warm-up."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    """AdamW momentum of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
     weight_decay: float = Field(default=1e-4, ge=0)
+    """AdamW decay; biases and layernorms have none."""
     gradient_clip: float = Field(default=0.1, ge=0)
     """Global gradient norm; 0 = off."""
     activation_checkpointing: bool = False
+    """Recompute every layer in the backward pass: less memory, a third more work."""
     context_corruption: float = Field(default=0.0, ge=0, lt=1)
     """Share of the given frames' codes that are resampled at random."""
     seed: int = 1234
+    """Initial weights, sample order, rates, windows and dropped captions follow from it."""
     eval_every: int = Field(default=500, ge=0)
     """Steps between evaluations; 0 = never."""
     eval_batches: int = Field(default=8, ge=1)
+    """Micro batches of one evaluation, over all ranks."""
     log_every: int = Field(default=1, ge=1)
+    """Steps between lines of the log and records of metrics.jsonl."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: continue from the newest checkpoint of run_dir if there is one; must: fail without one;
     never: fail if there is one."""
@@ -261,6 +288,7 @@ class CheckpointConfig(Section):
     every: int = Field(default=2000, ge=0)
     """Steps between checkpoints; 0 = only at the end."""
     keep_last: int = Field(default=3, ge=1)
+    """Newest checkpoints that are kept."""
 
 
 class GenerationConfig(Section):
@@ -271,16 +299,21 @@ class GenerationConfig(Section):
     seconds: float = Field(default=4.0, gt=0)
     """Time between the first and the last key frame of one pass."""
     temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits before sampling; near 0 = always the likeliest code."""
     top_k: int | None = Field(default=None, ge=1)
+    """Sample among this many likeliest codes; null = all."""
     top_p: float | None = Field(default=None, gt=0, le=1)
+    """Sample among the likeliest codes that hold this probability; null = all."""
     guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale of the key frames; 1 = off."""
     interpolation_guidance: float = Field(default=1.0, ge=0)
+    """Guidance scale of interpolated frames; 1 = off."""
     batch_size: int = Field(default=8, ge=1)
     """Clips (or interpolation blocks) generated at once."""
     overlap: int = Field(default=1, ge=1, le=4)
     """Key frames that the next pass of a long clip is given."""
     seed: int = 1234
+    """With prompt and sample number it decides every random draw of a clip."""
     samples: int = Field(default=1, ge=1)
     """Clips per prompt."""
 
@@ -291,7 +324,9 @@ class SamplesConfig(Section):
     every: int = Field(default=0, ge=0)
     """Steps between samples; 0 = none."""
     prompts: tuple[str, ...] = ()
+    """Captions of the sample clips."""
     seed: int = 0
+    """As generation.seed, for the sample clips."""
 
 
 class MetricsConfig(Section):

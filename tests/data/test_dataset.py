@@ -95,7 +95,8 @@ def test_base_takes_its_video_share_from_windows_with_their_rate_text(
     of_clip = [parse(sample_id) for sample_id in batch.sample_ids if parse(sample_id)[0] == "clip"]
     share = sum(from_windows) / len(of_clip)
     assert share == pytest.approx(0.4, abs=4 * (0.24 / len(of_clip)) ** 0.5)
-    frames = {parse(sample_id)[1].start for sample_id, window in zip(batch.sample_ids, from_windows, strict=True) if window}
+    windows = [parse(i)[1] for i, of_window in zip(batch.sample_ids, from_windows, strict=True) if of_window]
+    frames = {window.start for window in windows}
     assert len(frames) > 25 and max(frames) == 39
     assert batch.frames_BTP.shape == (600, 1, 4)
 
