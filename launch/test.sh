@@ -50,6 +50,7 @@ if [ "$mode" = all ]; then
     for folder in cluster faults; do
         [ -d "tests/$folder" ] && part "tests/$folder" python -m pytest -q "tests/$folder"
     done
+    rm -rf runs/smoke # parts of an earlier run would not be run again
     part "quickstart" bash launch/quickstart.sh --smoke
 fi
 
