@@ -53,18 +53,18 @@ stage() { # stage NAME RUN_DIR STEPS key=value...: pretrain one stage on two ran
 }
 
 part corpus python launch/prepare.py digits "$run/corpus" --clips "$corpus_clips" --heldout-clips 80 \
-    --scans-per-digit 12
+    --scans-per-digit 12 --force
 part text_tokenizer python launch/train_tokenizer.py text "$run/corpus/train/captions.csv" \
-    --out "$run/text_tokenizer" --vocab-size 96 --template '{span}s' --null-caption 'a digit moves'
+    --out "$run/text_tokenizer" --vocab-size 96 --template '{span}s' --null-caption 'a digit moves' --force
 part frame_tokenizer python launch/train_tokenizer.py frames "$run/corpus/train" --heldout "$run/corpus/heldout" \
     --out "$run/frame_tokenizer" --steps $((300 / divisor)) --size 32 --downsample 4 --levels 5,5 \
-    --max-videos 600 --frames-per-video 16
+    --max-videos 600 --frames-per-video 16 --force
 part train_shards shards train
 part heldout_shards shards heldout
-part base stage base "$run/base" 700
-part sequential stage sequential "$run/sequential" 380 model.inherit="$run/base/export" \
+part base stage base "$run/base" 750
+part sequential stage sequential "$run/sequential" 520 model.inherit="$run/base/export" \
     train.global_batch_size=16 train.micro_batch_size=8
-part interpolation stage interpolation "$run" 150 model.inherit="$run/sequential/export" \
+part interpolation stage interpolation "$run" 260 model.inherit="$run/sequential/export" \
     model.plus_from=sequential train.global_batch_size=16 train.micro_batch_size=8
 part evaluation python launch/evaluate.py "$run/export" --clips "$judged_clips" --out "$run/evaluation"
 
