@@ -8,6 +8,7 @@ Shapes: T frames, H and W cells of the grid, P = H * W cells of one frame in ras
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,8 +137,14 @@ def dense_mask(mask: MaskSpec, grid: VideoGrid) -> np.ndarray:
     )
 
 
-def visible_keys(mask: MaskSpec, grid: VideoGrid, frame: int, cell: int) -> np.ndarray:
-    """Frame tokens that the query (frame, cell) sees: ascending int64 [K] of indices frame * P + cell."""
+def visible_keys(mask: MaskSpec, grid: VideoGrid, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Frame tokens that any of the query tokens sees, ascending int64 [K]; and which each of them sees, bool [R, K].
+
+    Tokens are numbered frame * P + cell.
+    """
+    query_frame, query_cell = np.divmod(np.asarray(tokens)[:, None], grid.cells)
     key_frame, key_cell = np.divmod(np.arange(grid.tokens), grid.cells)
-    rule = visible(mask, grid, np.asarray(frame), np.asarray(cell), key_frame, key_cell)
-    return np.flatnonzero(np.broadcast_to(rule, grid.tokens))
+    rule = visible(mask, grid, query_frame, query_cell, key_frame, key_cell)
+    allowed_RF = np.broadcast_to(rule, (len(tokens), grid.tokens))
+    keys_K = np.flatnonzero(allowed_RF.any(axis=0))
+    return keys_K, allowed_RF[:, keys_K]

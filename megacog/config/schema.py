@@ -379,6 +379,10 @@ class Config(Section):
             raise ValueError(
                 f"loss.frame_weights has {len(weights)} entries, the sequence has {frames} frames"
             )
+        if weights is not None:
+            predicted = weights if train.stage == "base" else weights[1 :: 2 if train.stage == "interpolation" else 1]
+            if min(weights) < 0 or not sum(predicted) > 0:
+                raise ValueError(f"loss.frame_weights {list(weights)}: none may be negative, some predicted one not 0")
         if train.stage == "interpolation" and model.num_frames % 2 == 0:
             raise ValueError(f"interpolation needs an odd model.num_frames, not {model.num_frames}")
         return self

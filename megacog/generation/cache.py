@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from megacog.model.attention import Attend
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo, KeyValue
 from megacog_kernels.attention import cached_attention
-from megacog_kernels.grid import MaskSpec, VideoGrid, visible
+from megacog_kernels.grid import MaskSpec, VideoGrid, visible_keys
 
 
 @lru_cache(maxsize=4096)
@@ -30,15 +29,9 @@ def key_list(
     mask: MaskSpec, grid: VideoGrid, tokens: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """Frame tokens that any of `tokens` sees: int64 [K]; and which of them each sees: bool [R, K], None = all."""
-    query_frame, query_cell = np.divmod(np.asarray(tokens)[:, None], grid.cells)
-    key_frame, key_cell = np.divmod(np.arange(grid.tokens), grid.cells)
-    allowed_RF = np.broadcast_to(
-        visible(mask, grid, query_frame, query_cell, key_frame, key_cell), (len(tokens), grid.tokens)
-    )
-    keys_K = np.flatnonzero(allowed_RF.any(axis=0))
-    allowed_RK = allowed_RF[:, keys_K]
-    everything = bool(allowed_RK.all())
-    return torch.from_numpy(keys_K).to(device), None if everything else torch.from_numpy(allowed_RK).to(device)
+    keys_K, allowed_RK = visible_keys(mask, grid, tokens)
+    some = None if allowed_RK.all() else torch.from_numpy(allowed_RK).to(device)
+    return torch.from_numpy(keys_K).to(device), some
 
 
 class _Channel:

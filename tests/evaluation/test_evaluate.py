@@ -101,7 +101,7 @@ def test_the_rate_proof_makes_all_captions_at_three_rates(
     export_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rates, "tasks", lambda count, seed: tasks(2, seed))
-    assert rates.main([str(export_path), "--json", str(tmp_path / "rates.json")]) == 0
+    assert rates.main([str(export_path), "--json", str(tmp_path / "rates.json")]) == 1, "random weights obey no rate"
     shown = capsys.readouterr().out
     assert "the digit 0 moves right" in shown and "ratio" in shown
     table = json.loads((tmp_path / "rates.json").read_text())
@@ -120,3 +120,11 @@ def test_the_replay_proof_notices_a_difference(small_path: Path, monkeypatch: py
     cached = replay.replayed_logits
     monkeypatch.setattr(replay, "replayed_logits", lambda *arguments: cached(*arguments) * 1.001)
     assert replay.main([str(small_path), "--clips", "1"]) == 1
+
+
+@pytest.mark.parametrize(("shifts", "code"), [([4.0, 2.0, 1.0], 0), ([4.0, 3.0, 2.2], 1), ([4.0, 2.0, np.nan], 1)])
+def test_the_rate_proof_fails_unless_shifts_halve(
+    export_path: Path, monkeypatch: pytest.MonkeyPatch, shifts: list[float], code: int
+) -> None:
+    monkeypatch.setattr(rates, "measure", lambda generator, wanted: np.tile(shifts, (len(wanted), 1)))
+    assert rates.main([str(export_path)]) == code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, dense_mask, visible_keys
@@ -114,6 +114,7 @@ def scalar_rule(mask: MaskSpec, grid: VideoGrid, f: int, p: int, g: int, q: int)
     return ordered and near
 
 
+@settings(max_examples=50)
 @given(masks())
 def test_dense_mask_and_key_lists_follow_the_rule(case: tuple[MaskSpec, VideoGrid]) -> None:
     mask, grid = case
@@ -122,7 +123,11 @@ def test_dense_mask_and_key_lists_follow_the_rule(case: tuple[MaskSpec, VideoGri
         frame, cell = divmod(token, grid.cells)
         expected = [scalar_rule(mask, grid, frame, cell, *divmod(key, grid.cells)) for key in range(grid.tokens)]
         np.testing.assert_array_equal(dense[token], expected)
-        np.testing.assert_array_equal(visible_keys(mask, grid, frame, cell), np.flatnonzero(expected))
+        np.testing.assert_array_equal(visible_keys(mask, grid, [token])[0], np.flatnonzero(expected))
+    several = list(range(0, grid.tokens, 2))
+    keys, allowed = visible_keys(mask, grid, several)
+    np.testing.assert_array_equal(keys, np.flatnonzero(dense[several].any(axis=0)))
+    np.testing.assert_array_equal(allowed, dense[several][:, keys])
 
 
 def test_an_even_number_of_frames_cannot_interpolate() -> None:
