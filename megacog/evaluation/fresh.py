@@ -1,6 +1,6 @@
 """Proof that a fresh attention-plus starts as the base: qkv and dense copied, positions tiled, gates half open.
 
-Restricted to its own frame, every frame gets the base's own logits; with the default mask frame 0 does.
+Restricted to its own frame, every frame gets the base's own logits; with the default space (full) frame 0 does.
 
 Tensor suffixes: B clips, T frames, P cells, V codes.
 """
@@ -25,12 +25,11 @@ TOLERANCE = 1e-5
 
 
 def fresh_model(path: Path, stage: PlusStage, own_frame: bool) -> CogVideo:
-    """The export's base in fp32 with a fresh attention-plus that sees its own frame only, or its default space."""
+    """The export's base in fp32 with a fresh attention-plus that sees its own frame only, or all frames (`full`)."""
     export = open_export(path)
-    config = export.model
-    if own_frame:
-        spaces = config.attention.model_dump() | {stage: SpaceConfig(kind="frame").model_dump()}
-        config = config.model_copy(update={"attention": AttentionConfig.model_validate(spaces)})
+    space = SpaceConfig(kind="frame" if own_frame else "full")
+    spaces = export.model.attention.model_dump() | {stage: space.model_dump()}
+    config = export.model.model_copy(update={"attention": AttentionConfig.model_validate(spaces)})
     model = CogVideo(config, (stage,)).eval()
     load_tensors(model, export.tensor, [name for name, _ in model.named_parameters() if not name.startswith("plus.")])
     initialize_plus(model, stage, "copy", seed=0)
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             frames = closed if own_frame else [0]
             absolute, relative = difference(model, stage, frames)
             failed |= not relative <= TOLERANCE  # NaN fails
-            seen = "its own frame" if own_frame else "its default mask"
+            seen = "its own frame" if own_frame else "all frames (full)"
             print(f"{stage:16}{seen:22}{','.join(map(str, frames)):>12}{absolute:12.2e}{relative:12.2e}")
     print("a fresh attention-plus differs from the base" if failed else f"all within {TOLERANCE:g}")
     return 1 if failed else 0
