@@ -91,11 +91,9 @@ def find_export(model: str | None, roots: Sequence[Path]) -> Path:
         for manifest in root.glob(pattern)
     }
     newest_first = sorted(manifests, key=lambda manifest: manifest.stat().st_mtime_ns, reverse=True)
-    exports = [open_export(manifest.parent) for manifest in newest_first]
-    for needed in ({"sequential", "interpolation"}, {"sequential"}):  # key frames alone are better than nothing
-        for export in exports:
-            if needed.issubset(export.plus):
-                return export.path
+    for manifest in newest_first:
+        if "sequential" in open_export(manifest.parent).plus:
+            return manifest.parent
     tried = ", ".join(sorted({str(root / "runs") for root in roots}))
     raise CheckpointError(
         f"no model: --model and $MEGACOG_MODEL are not given and no export that can make clips is in {tried}. "
