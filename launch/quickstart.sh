@@ -26,6 +26,15 @@ run=runs/$name
 mkdir -p "$run/parts"
 started=$SECONDS
 
+# Parts are kept only together with the settings that made them.
+settings="$(cat launch/quickstart.sh configs/digits.yaml | cksum)"
+if [ -f "$run/settings" ] && [ "$(cat "$run/settings")" != "$settings" ]; then
+    echo "error: $run was begun with another launch/quickstart.sh or configs/digits.yaml;" \
+        "remove it to start over: rm -r $run" >&2
+    exit 2
+fi
+echo "$settings" >"$run/settings"
+
 part() { # part NAME COMMAND...: run a part of the demo once and note its seconds
     local part="$1" start=$SECONDS
     shift
@@ -66,7 +75,8 @@ part sequential stage sequential "$run/sequential" 520 model.inherit="$run/base/
     train.global_batch_size=16 train.micro_batch_size=8
 part interpolation stage interpolation "$run" 260 model.inherit="$run/sequential/export" \
     model.plus_from=sequential train.global_batch_size=16 train.micro_batch_size=8
-part evaluation python launch/evaluate.py "$run/export" --clips "$judged_clips" --out "$run/evaluation"
+part evaluation python launch/evaluate.py "$run/export" --clips "$judged_clips" --out "$run/evaluation" \
+    --judge-cache "$run/judge"
 
 python - "$run" <<'PYTHON'
 """The evaluation's report with the seconds of every part."""

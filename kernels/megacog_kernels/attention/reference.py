@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask, visible
+from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask
 
 
 def text_attention(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, valid_BL: Tensor) -> Tensor:
@@ -33,6 +34,8 @@ def video_attention(
 ) -> Tensor:
     """One softmax of every frame query over the valid text keys and its visible frame keys.
 
+    Goes frame by frame over the frames that one sees, so most of what is masked is not computed.
+
     Args:
         q_BFND, k_BFND, v_BFND: Frame tokens, F = grid.tokens in frame-major raster order.
         text_k_BLND, text_v_BLND: Keys and values of the text.
@@ -48,13 +51,15 @@ def video_attention(
     """
     if q_BFND.shape[1] != grid.tokens or k_BFND.shape[1] != grid.tokens:
         raise ValueError(f"q has {q_BFND.shape[1]} and k {k_BFND.shape[1]} rows, the grid {grid} has {grid.tokens}")
-    if mask.space.kind == "frame":
-        return _own_frame_attention(q_BFND, k_BFND, v_BFND, text_k_BLND, text_v_BLND, text_valid_BL, mask, grid)
-    frame_mask_FF = _dense_mask(mask, grid, q_BFND.device)
-    allowed_BFK = _join(text_valid_BL[:, None, :], frame_mask_FF[None])
-    k_BKND = torch.cat([text_k_BLND, k_BFND], dim=1)
-    v_BKND = torch.cat([text_v_BLND, v_BFND], dim=1)
-    return _attend(q_BFND, k_BKND, v_BKND, allowed_BFK)
+    frames = (grid.frames, grid.cells)
+    q_BPND, k_BPND, v_BPND = (rows.unflatten(1, frames).unbind(1) for rows in (q_BFND, k_BFND, v_BFND))
+    outputs = []
+    for frame, (keys, allowed_PK) in enumerate(_frame_masks(mask, grid, q_BFND.device)):
+        k_BKND = torch.cat([text_k_BLND, *(k_BPND[key] for key in keys)], dim=1)
+        v_BKND = torch.cat([text_v_BLND, *(v_BPND[key] for key in keys)], dim=1)
+        allowed_BPK = _join(text_valid_BL, allowed_PK)
+        outputs.append(_attend(q_BPND[frame], k_BKND, v_BKND, allowed_BPK))
+    return torch.cat(outputs, dim=1)
 
 
 def cached_attention(
@@ -64,38 +69,10 @@ def cached_attention(
     return _attend(q_BRND, k_BKND, v_BKND, allowed_BRK)
 
 
-def _own_frame_attention(
-    q_BFND: Tensor,
-    k_BFND: Tensor,
-    v_BFND: Tensor,
-    text_k_BLND: Tensor,
-    text_v_BLND: Tensor,
-    text_valid_BL: Tensor,
-    mask: MaskSpec,
-    grid: VideoGrid,
-) -> Tensor:
-    """The `frame` space with frames folded into the batch: 1/T of the dense work."""
-    B, F, N, D = q_BFND.shape
-    T, P = grid.frames, grid.cells
-    mask_TPP = _own_frame_mask(mask, grid, q_BFND.device)
-
-    def fold(frames_BFND: Tensor) -> Tensor:
-        return frames_BFND.reshape(B * T, P, N, D)
-
-    def repeat(text_BLND: Tensor) -> Tensor:
-        return text_BLND[:, None].expand(B, T, *text_BLND.shape[1:]).flatten(0, 1)
-
-    k_XKND = torch.cat([repeat(text_k_BLND), fold(k_BFND)], dim=1)
-    v_XKND = torch.cat([repeat(text_v_BLND), fold(v_BFND)], dim=1)
-    valid_XL = text_valid_BL[:, None].expand(B, T, text_valid_BL.shape[1]).flatten(0, 1)
-    allowed_XPK = _join(valid_XL[:, None, :], mask_TPP.repeat(B, 1, 1))
-    return _attend(fold(q_BFND), k_XKND, v_XKND, allowed_XPK).reshape(B, F, N, D)
-
-
-def _join(text_XRL: Tensor, frames_XRK: Tensor) -> Tensor:
-    """Concatenate a text and a frame mask along the keys, broadcasting batch and rows."""
-    X, R = max(text_XRL.shape[0], frames_XRK.shape[0]), frames_XRK.shape[1]
-    return torch.cat([text_XRL.expand(X, R, -1), frames_XRK.expand(X, R, -1)], dim=2)
+def _join(text_valid_BL: Tensor, allowed_PK: Tensor) -> Tensor:
+    """The mask of text and frame keys together: bool [B, P, L + K]."""
+    B, P = len(text_valid_BL), len(allowed_PK)
+    return torch.cat([text_valid_BL[:, None].expand(B, P, -1), allowed_PK.expand(B, -1, -1)], dim=2)
 
 
 def _attend(q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor | None) -> Tensor:
@@ -107,12 +84,12 @@ def _attend(q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor 
 
 
 @lru_cache(maxsize=64)
-def _dense_mask(mask: MaskSpec, grid: VideoGrid, device: torch.device) -> Tensor:
-    return torch.from_numpy(dense_mask(mask, grid).copy()).to(device)
-
-
-@lru_cache(maxsize=64)
-def _own_frame_mask(mask: MaskSpec, grid: VideoGrid, device: torch.device) -> Tensor:
-    frame = torch.arange(grid.frames).numpy()[:, None, None]
-    cell = torch.arange(grid.cells).numpy()
-    return torch.from_numpy(visible(mask, grid, frame, cell[:, None], frame, cell[None])).to(device)
+def _frame_masks(mask: MaskSpec, grid: VideoGrid, device: torch.device) -> list[tuple[list[int], Tensor]]:
+    """For every query frame: the frames of which it sees anything, and what of them: bool [P, K]."""
+    T, P = grid.frames, grid.cells
+    allowed_TPTP = dense_mask(mask, grid).reshape(T, P, T, P)
+    masks = []
+    for allowed_PTP in allowed_TPTP:
+        keys = np.flatnonzero(allowed_PTP.any(axis=(0, 2)))
+        masks.append((keys.tolist(), torch.from_numpy(allowed_PTP[:, keys].reshape(P, -1)).to(device)))
+    return masks
