@@ -44,12 +44,12 @@ SIZE = 32
 DIGIT_SIZE = 14
 """Height and width of the drawn scan: leaves 18 pixels to move, more than 4.1 s at the top speed."""
 FPS = 8
-SPEEDS = (2.0, 4.0)
+SPEEDS = (3.0, 4.0)
 """Pixels per second, drawn independently of the length."""
 SPEED_WEIGHTS = (0.25, 0.75)
 FRAME_COUNTS = (10, 18, 34)
 """1.1, 2.1 and 4.1 seconds from the first to the last frame."""
-FRAME_COUNT_WEIGHTS = (0.15, 0.15, 0.7)
+FRAME_COUNT_WEIGHTS = (0.3, 0.3, 0.4)
 TWO_PART_FRAME_COUNTS = (34,)
 LONGEST_SECONDS = (max(FRAME_COUNTS) - 1) / FPS
 # Shares of every digit's scans; the rest is the judge's.
