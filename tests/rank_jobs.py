@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,20 @@ import torch.distributed as dist
 
 from megacog.checkpoint import records
 from megacog.checkpoint.discovery import find_checkpoint
+from megacog.config.load import load_config
 from megacog.config.schema import Config
+from megacog.data.batch import Batch
 from megacog.errors import CheckpointError
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
+from megacog.runtime.ranks import discover
+from megacog.runtime.signals import StopFlag
+from megacog.training import pretrain
 from megacog.training.comparison import GLOBAL_BATCH, MICRO_BATCH, compare_engines, run_step, small_config
 from megacog.training.engine import Engine, build_engine
+from megacog.training.guard import NonFiniteError
+from megacog.training.loop import Loop, StepReport
 from megacog.training.pretrain import example_inputs
 from megacog.training.state import RunState, load_checkpoint, shapes_of
 
@@ -114,10 +121,71 @@ def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def pretrain_all(folder: Path) -> dict[str, Any]:
+    """By name of a configuration in `folder`: exit code, error and the steps that changed the state.
+
+    The steps of `<name>.bad.json`, if it is there, have a non-finite loss on the last rank.
+    """
+    outcomes = {}
+    for path in sorted(folder.glob("*.yaml")):
+        bad = path.with_suffix(".bad.json")
+        outcomes[path.stem] = pretrain_one(path, json.loads(bad.read_text()) if bad.exists() else None)
+    return outcomes
+
+
+def pretrain_one(path: Path, bad_steps: list[int] | None) -> dict[str, Any]:
+    """What one configured run ends with on this rank; only with `bad_steps` is every step watched."""
+    changed: list[int] = []
+
+    class Watched(Loop):
+        """A loop that spoils steps and notes which of them changed weights or optimizer states."""
+
+        def train_step(self, batches: Iterator[Batch], step: int) -> StepReport:
+            self.spoil = step in (bad_steps or ()) and dist.get_rank() == dist.get_world_size() - 1
+            before = states(self.engine)
+            report = super().train_step(batches, step)
+            if not same_tensors(before, states(self.engine)):
+                changed.append(step)
+            return report
+
+        def inputs(self, batch: Batch) -> dict[str, Any]:
+            inputs = super().inputs(batch)
+            if self.spoil:
+                self.spoil = False  # one micro batch on one rank is enough
+                inputs["frame_weights"] = (float("nan"),) * inputs["frames_BTP"].shape[1]
+            return inputs
+
+    code, error = None, None
+    pretrain.Loop = Loop if bad_steps is None else Watched  # type: ignore[misc]
+    try:
+        with StopFlag() as stop:
+            code = pretrain.run(load_config(path), discover(), torch.device("cpu"), stop)
+    except NonFiniteError as problem:
+        error = str(problem)
+    finally:
+        pretrain.Loop = Loop  # type: ignore[misc]
+    return {"code": code, "error": error, "changed": changed}
+
+
+def states(engine: Engine) -> dict[str, torch.Tensor]:
+    """Copies of everything that a step may change."""
+    return {
+        f"{field}/{name}": tensor.clone()
+        for name, parameter in engine.model.named_parameters()
+        if parameter.requires_grad
+        for field, tensor in engine.get_state(name).items()
+    }
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "compare": compare,
     "resume": resume,
     "failing_save": failing_save,
+    "pretrain_all": pretrain_all,
 }
 
 
