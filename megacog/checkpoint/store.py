@@ -6,19 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from megacog.checkpoint.commit import commit_folder, on_all_ranks, on_rank_0, rank_and_size
+from megacog.checkpoint.commit import commit_folder, on_rank_0, rank_and_size, verify_folder
 from megacog.checkpoint.discovery import checkpoint_path, mark_latest, remove_old
-from megacog.checkpoint.manifest import (
-    FILE_NAME,
-    FileEntry,
-    Manifest,
-    check_contents,
-    check_sizes,
-    read_manifest,
-)
+from megacog.checkpoint.manifest import FILE_NAME, FileEntry, Manifest
 from megacog.checkpoint.records import Record, RecordReader, RecordWriter, assign_owners, write_share
 from megacog.checkpoint.rng import capture_rng
-from megacog.errors import CheckpointError
 from megacog.runtime.files import require_space, sha256_file
 
 FROZEN = "frozen"
@@ -105,19 +97,7 @@ def open_frozen(run_dir: Path, expected: str) -> RecordReader:
         CheckpointError: Missing, damaged, or not the ones that `expected` (a sha256) names.
     """
     path = run_dir / FROZEN
-
-    def read() -> Manifest:
-        manifest = read_manifest(path)
-        if sha256_file(path / FILE_NAME) != expected:
-            raise CheckpointError(f"{path} is not the frozen folder that the checkpoint was written with")
-        check_sizes(path, manifest.files)
-        return manifest
-
-    manifest = on_rank_0(read)
-    rank, size = rank_and_size()
-    share = dict(sorted(manifest.files.items())[rank::size])
-    on_all_ranks(lambda: check_contents(path, share))
-    return RecordReader(path, manifest.parameters)
+    return RecordReader(path, verify_folder(path, expected).parameters)
 
 
 def needed_bytes(sizes: Mapping[str, int]) -> int:

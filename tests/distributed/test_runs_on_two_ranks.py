@@ -15,6 +15,7 @@ from tiny_run import make_inputs, settings, write_config
 from megacog.checkpoint.discovery import find_checkpoint
 from megacog.checkpoint.export import open_export
 from megacog.checkpoint.records import RecordReader
+from megacog.metrics.record import read_records
 from megacog.training import pretrain
 
 pytestmark = pytest.mark.distributed
@@ -67,8 +68,7 @@ class Runs:
         self.outcomes = json.loads((self.folder / "result.json").read_text())
 
     def records(self, name: str, kind: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if line["kind"] == kind]
+        return [record for record in read_records(self.folder / name / "metrics.jsonl") if record["kind"] == kind]
 
     def numbers(self, name: str) -> list[tuple[Any, ...]]:
         """What a step's training must not differ in."""

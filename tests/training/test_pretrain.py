@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from megacog.checkpoint import store
 from megacog.checkpoint.discovery import list_checkpoints
 from megacog.checkpoint.export import open_export
 from megacog.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, DataError, EnvError
+from megacog.metrics.record import read_records
 from megacog.training import pretrain
 from megacog.training.guard import NonFiniteError
 from megacog.training.loop import Loop
@@ -61,8 +61,7 @@ def sequential(inputs: Path, base: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+    return [record for record in read_records(run_dir / "metrics.jsonl") if record["kind"] == kind]
 
 
 def numbers(run_dir: Path) -> list[tuple[Any, ...]]:
