@@ -30,6 +30,7 @@ from megacog.training.comparison import GLOBAL_BATCH, MICRO_BATCH, compare_engin
 from megacog.training.engine import Engine, build_engine
 from megacog.training.guard import NonFiniteError
 from megacog.training.loop import Loop, StepReport
+from megacog.training.precision import DTYPES
 from megacog.training.pretrain import example_inputs
 from megacog.training.state import RunState, load_checkpoint, shapes_of
 
@@ -37,11 +38,9 @@ STEPS = 4
 
 
 def compare(folder: Path, steps: str, *tensor_sizes: str) -> dict[str, Any]:
-    """Differences of every engine, by tensor-parallel size."""
-    return {
-        size: [dataclasses.asdict(row) for row in compare_engines(build_process_groups(int(size)), int(steps))]
-        for size in tensor_sizes
-    }
+    """Differences of every engine at every tensor-parallel size."""
+    sizes = [int(size) for size in tensor_sizes]
+    return {"rows": [dataclasses.asdict(row) for row in compare_engines(sizes, int(steps))]}
 
 
 def resume(folder: Path, tensor: str, *engines: str) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def resumes_bitwise(config: Config, groups: ProcessGroups) -> dict[str, bool]:
 def start(config: Config, groups: ProcessGroups, checkpoint: Any) -> tuple[Engine, RunState]:
     """An engine with its state: fresh, or from a checkpoint (found) into a model full of NaN."""
     model = CogVideo(config.model, ("sequential",), groups.tensor)
-    model.to(torch.bfloat16 if config.train.precision == "bf16" else torch.float32).trainable("sequential")
+    model.to(DTYPES[config.train.precision]).trainable("sequential")
     shapes, resumed = shapes_of(model), None
     if checkpoint is None:
         initialize_base(model, seed=1)
