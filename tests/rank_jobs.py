@@ -1,4 +1,8 @@
-"""What the ranks of distributed tests do: `python tests/rank_jobs.py JOB FOLDER ...`; rank 0 writes result.json."""
+"""What the ranks of distributed tests do: `python tests/rank_jobs.py FOLDER JOB[:ARGUMENT,...] ...`.
+
+Starting ranks takes longer than most jobs, so several jobs share one start. Rank 0 writes FOLDER/result.json: by
+job, as it was given, the results in rank order.
+"""
 
 from __future__ import annotations
 
@@ -190,13 +194,17 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    job, folder, *arguments = sys.argv[1:]
+    folder = Path(sys.argv[1])
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    result = JOBS[job](Path(folder), *arguments)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, result)
+    results = {}
+    for given in sys.argv[2:]:
+        job, _, arguments = given.partition(":")
+        result = JOBS[job](folder, *filter(None, arguments.split(",")))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, result)
+        results[given] = everyone
     if dist.get_rank() == 0:
-        (Path(folder) / "result.json").write_text(json.dumps(everyone))
+        (folder / "result.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 

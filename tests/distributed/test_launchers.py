@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_ranks import ROOT, Ranks, free_port, python_environment, run_ranks
+from run_ranks import ROOT, Ranks, free_port, python_environment, run_jobs, run_ranks
 from tiny_run import make_inputs, settings, write_config
 
 from megacog.checkpoint.discovery import list_checkpoints
@@ -121,8 +120,6 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_code_85(inputs: Pa
 
 
 def test_a_rank_that_cannot_write_fails_the_checkpoint_everywhere(tmp_path: Path) -> None:
-    finished = run_ranks(["tests/rank_jobs.py", "failing_save", str(tmp_path)], 2, tmp_path)
-    finished.assert_success()
-    for message in json.loads((tmp_path / "result.json").read_text()):
+    for message in run_jobs(["failing_save"], 2, tmp_path)["failing_save"]:
         assert "rank 1" in message["error"] and "No space left" in message["error"]
         assert message["left"] == []
