@@ -1,4 +1,8 @@
-"""What the ranks of distributed tests do: `python tests/rank_jobs.py JOB FOLDER ...`; rank 0 writes result.json."""
+"""What the ranks of distributed tests do: `python tests/rank_jobs.py FOLDER JOB[:ARGUMENT,...] ...`.
+
+Starting ranks takes longer than most jobs, so several jobs share one start. Rank 0 writes FOLDER/result.json: by
+job, as it was given, the results in rank order.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import dataclasses
 import errno
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,13 +20,21 @@ import torch.distributed as dist
 
 from megacog.checkpoint import records
 from megacog.checkpoint.discovery import find_checkpoint
+from megacog.config.load import load_config
 from megacog.config.schema import Config
+from megacog.data.batch import Batch
 from megacog.errors import CheckpointError
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
+from megacog.runtime.ranks import discover
+from megacog.runtime.signals import StopFlag
+from megacog.training import pretrain
 from megacog.training.comparison import GLOBAL_BATCH, MICRO_BATCH, compare_engines, run_step, small_config
 from megacog.training.engine import Engine, build_engine
+from megacog.training.guard import NonFiniteError
+from megacog.training.loop import Loop, StepReport
+from megacog.training.precision import DTYPES
 from megacog.training.pretrain import example_inputs
 from megacog.training.state import RunState, load_checkpoint, shapes_of
 
@@ -30,11 +42,9 @@ STEPS = 4
 
 
 def compare(folder: Path, steps: str, *tensor_sizes: str) -> dict[str, Any]:
-    """Differences of every engine, by tensor-parallel size."""
-    return {
-        size: [dataclasses.asdict(row) for row in compare_engines(build_process_groups(int(size)), int(steps))]
-        for size in tensor_sizes
-    }
+    """Differences of every engine at every tensor-parallel size."""
+    sizes = [int(size) for size in tensor_sizes]
+    return {"rows": [dataclasses.asdict(row) for row in compare_engines(sizes, int(steps))]}
 
 
 def resume(folder: Path, tensor: str, *engines: str) -> dict[str, Any]:
@@ -64,7 +74,7 @@ def resumes_bitwise(config: Config, groups: ProcessGroups) -> dict[str, bool]:
 def start(config: Config, groups: ProcessGroups, checkpoint: Any) -> tuple[Engine, RunState]:
     """An engine with its state: fresh, or from a checkpoint (found) into a model full of NaN."""
     model = CogVideo(config.model, ("sequential",), groups.tensor)
-    model.to(torch.bfloat16 if config.train.precision == "bf16" else torch.float32).trainable("sequential")
+    model.to(DTYPES[config.train.precision]).trainable("sequential")
     shapes, resumed = shapes_of(model), None
     if checkpoint is None:
         initialize_base(model, seed=1)
@@ -114,22 +124,87 @@ def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def pretrain_all(folder: Path) -> dict[str, Any]:
+    """By name of a configuration in `folder`: exit code, error and the steps that changed the state.
+
+    The steps of `<name>.bad.json`, if it is there, have a non-finite loss on the last rank.
+    """
+    outcomes = {}
+    for path in sorted(folder.glob("*.yaml")):
+        bad = path.with_suffix(".bad.json")
+        outcomes[path.stem] = pretrain_one(path, json.loads(bad.read_text()) if bad.exists() else None)
+    return outcomes
+
+
+def pretrain_one(path: Path, bad_steps: list[int] | None) -> dict[str, Any]:
+    """What one configured run ends with on this rank; only with `bad_steps` is every step watched."""
+    changed: list[int] = []
+
+    class Watched(Loop):
+        """A loop that spoils steps and notes which of them changed weights or optimizer states."""
+
+        def train_step(self, batches: Iterator[Batch], step: int) -> StepReport:
+            self.spoil = step in (bad_steps or ()) and dist.get_rank() == dist.get_world_size() - 1
+            before = states(self.engine)
+            report = super().train_step(batches, step)
+            if not same_tensors(before, states(self.engine)):
+                changed.append(step)
+            return report
+
+        def inputs(self, batch: Batch) -> dict[str, Any]:
+            inputs = super().inputs(batch)
+            if self.spoil:
+                self.spoil = False  # one micro batch on one rank is enough
+                inputs["frame_weights"] = (float("nan"),) * inputs["frames_BTP"].shape[1]
+            return inputs
+
+    code, error = None, None
+    pretrain.Loop = Loop if bad_steps is None else Watched  # type: ignore[misc]
+    try:
+        with StopFlag() as stop:
+            code = pretrain.run(load_config(path), discover(), torch.device("cpu"), stop)
+    except NonFiniteError as problem:
+        error = str(problem)
+    finally:
+        pretrain.Loop = Loop  # type: ignore[misc]
+    return {"code": code, "error": error, "changed": changed}
+
+
+def states(engine: Engine) -> dict[str, torch.Tensor]:
+    """Copies of everything that a step may change."""
+    return {
+        f"{field}/{name}": tensor.clone()
+        for name, parameter in engine.model.named_parameters()
+        if parameter.requires_grad
+        for field, tensor in engine.get_state(name).items()
+    }
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "compare": compare,
     "resume": resume,
     "failing_save": failing_save,
+    "pretrain_all": pretrain_all,
 }
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    job, folder, *arguments = sys.argv[1:]
+    folder = Path(sys.argv[1])
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    result = JOBS[job](Path(folder), *arguments)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, result)
+    results = {}
+    for given in sys.argv[2:]:
+        job, _, arguments = given.partition(":")
+        result = JOBS[job](folder, *filter(None, arguments.split(",")))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, result)
+        results[given] = everyone
     if dist.get_rank() == 0:
-        (Path(folder) / "result.json").write_text(json.dumps(everyone))
+        (folder / "result.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 

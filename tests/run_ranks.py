@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,6 +90,28 @@ def run_ranks(arguments: list[str], world_size: int, folder: Path, timeout: floa
     """Run all ranks to their end."""
     with Ranks(arguments, world_size, folder) as ranks:
         return ranks.wait(timeout)
+
+
+def run_jobs(jobs: list[str], world_size: int, folder: Path, timeout: float = 240) -> dict[str, list[Any]]:
+    """By job of rank_jobs.py, the results in rank order. All jobs share the processes."""
+    run_ranks(["tests/rank_jobs.py", str(folder), *jobs], world_size, folder / "logs", timeout).assert_success()
+    return json.loads((folder / "result.json").read_text())
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills once, even when several test processes (pytest-xdist) ask for it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all test processes of this session
+    folder, finished = root / name, root / f"{name}.finished"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            finished.touch()
+    return folder
 
 
 def python_environment() -> dict[str, str]:

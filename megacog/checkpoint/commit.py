@@ -1,4 +1,4 @@
-"""How all ranks write one folder that appears complete or not at all.
+"""How all ranks write one folder that appears complete or not at all, and how they verify it.
 
 All ranks write into a temporary folder; their outcomes are gathered; only when every rank succeeded
 does rank 0 write the manifest, sync, and rename the folder into place. A failure anywhere is the
@@ -17,9 +17,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megacog.checkpoint.manifest import FILE_NAME, FileEntry
+from megacog.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, check_contents, check_sizes, read_manifest
 from megacog.errors import CheckpointError, MegacogError
-from megacog.runtime.files import environment_error, sync_directory
+from megacog.runtime.files import environment_error, sha256_file, sync_directory
 
 T = TypeVar("T")
 
@@ -103,6 +103,33 @@ def commit_folder(
         if rank_and_size()[0] == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{final} could not be written: {error}") from error
+
+
+def verify_folder(path: Path, sha256: str | None = None) -> Manifest:
+    """The manifest of a committed folder, all of whose files are whole. Collective.
+
+    Sizes are checked by rank 0, checksums by all ranks in shares.
+
+    Args:
+        path: The folder.
+        sha256: Of the manifest that the folder must have; None = any.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or another one; the same on every rank.
+    """
+
+    def read() -> Manifest:
+        manifest = read_manifest(path)
+        if sha256 is not None and sha256_file(path / FILE_NAME) != sha256:
+            raise CheckpointError(f"{path} is not the {path.name} folder that the checkpoint was written with")
+        check_sizes(path, manifest.files)
+        return manifest
+
+    manifest = on_rank_0(read)
+    rank, size = rank_and_size()
+    share = dict(sorted(manifest.files.items())[rank::size])
+    on_all_ranks(lambda: check_contents(path, share))
+    return manifest
 
 
 def _make_temporary(final: Path) -> Path:

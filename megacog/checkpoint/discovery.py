@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from megacog.checkpoint.commit import on_all_ranks, on_rank_0, rank_and_size
-from megacog.checkpoint.manifest import FILE_NAME, Manifest, check_contents, check_sizes, read_manifest
+from megacog.checkpoint.commit import on_rank_0, rank_and_size, verify_folder
+from megacog.checkpoint.manifest import FILE_NAME, Manifest
 from megacog.errors import CheckpointError
 from megacog.runtime.files import atomic_file
 from megacog.runtime.log import get_logger
@@ -41,8 +41,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def find_checkpoint(run_dir: Path, resume: Literal["auto", "must", "never"]) -> tuple[Path, Manifest] | None:
     """The newest undamaged checkpoint of a run, or None to start from step 0. Collective.
 
-    Sizes are checked by rank 0, checksums by all ranks in shares. A damaged checkpoint is named in the
-    log and the one before it is taken; when all are damaged that is an error, never a silent restart.
+    A damaged checkpoint is named in the log and the one before it is taken; when all are damaged that is
+    an error, never a silent restart.
 
     Raises:
         CheckpointError: `must` and there is none, `never` and there is one, or none is usable.
@@ -62,7 +62,7 @@ def find_checkpoint(run_dir: Path, resume: Literal["auto", "must", "never"]) -> 
     problems = []
     for path in candidates:
         try:
-            return path, _verify(path)
+            return path, verify_folder(path)
         except CheckpointError as error:
             problems.append(f"{path.name}: {error}")
             if rank_and_size()[0] == 0:
@@ -71,19 +71,6 @@ def find_checkpoint(run_dir: Path, resume: Literal["auto", "must", "never"]) -> 
         "no checkpoint of this run can be used: " + "; ".join(problems) + ". Restore one from a copy, "
         "or start anew in another train.run_dir"
     )
-
-
-def _verify(path: Path) -> Manifest:
-    def sizes() -> Manifest:
-        manifest = read_manifest(path)
-        check_sizes(path, manifest.files)
-        return manifest
-
-    manifest = on_rank_0(sizes)
-    rank, size = rank_and_size()
-    share = dict(sorted(manifest.files.items())[rank::size])
-    on_all_ranks(lambda: check_contents(path, share))
-    return manifest
 
 
 def mark_latest(path: Path) -> None:

@@ -24,7 +24,7 @@ from megacog.errors import CheckpointError
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel, materialize
 from megacog.runtime.files import atomic_directory, sha256_file
-from megacog.runtime.tensor_files import save_tensors
+from megacog.runtime.tensor_files import save_tensors, stored_bytes
 
 FORMAT = "megacog-export"
 VERSION = 1
@@ -66,6 +66,12 @@ class Export:
             raise CheckpointError(f"{self.path} holds no tensor {name}")
         with safe_open(self.path / self.files[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def tensor_bytes(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of the tensors `names` as they are stored; no tensor is read."""
+        names = list(names)
+        held = {file: stored_bytes(self.path / file) for file in {self.files[name] for name in names}}
+        return {name: held[self.files[name]][name] for name in names}
 
 
 def save_export(

@@ -44,7 +44,7 @@ class Manifest:
     """Of the text and frame tokenizers."""
     versions: dict[str, str]
     frozen: str | None
-    """crc32 of the run's frozen/manifest.json in hexadecimal; None when nothing is frozen."""
+    """sha256 of the run's frozen/manifest.json; None when nothing is frozen."""
     parameters: dict[str, str]
     """Parameter -> file."""
     files: dict[str, FileEntry] = field(default_factory=dict)

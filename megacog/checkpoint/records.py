@@ -23,7 +23,7 @@ _FILE_BYTES = 2 * 2**30
 
 
 def assign_owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Which rank writes which parameter, so that all write about as much: a pure function of the sizes."""
+    """Which rank writes which parameter, so that all write about as much: a pure function of the sizes in bytes."""
     load = [0] * ranks
     owners = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

@@ -24,7 +24,7 @@ from torch import Tensor
 from megacog.checkpoint.export import Export, load_model, open_export
 from megacog.config.load import apply_overrides
 from megacog.config.schema import GenerationConfig
-from megacog.errors import EXIT_DONE, EXIT_FAULT, CheckpointError, ConfigError, DataError, EnvError
+from megacog.errors import EXIT_DONE, EXIT_FAULT, CheckpointError, ConfigError, DataError, EnvError, MegacogError
 from megacog.generation.given import given_codes
 from megacog.generation.hierarchy import ClipChunk, ClipGenerator, ClipRequest, plan_clip, sampled_frames
 from megacog.generation.output import (
@@ -78,7 +78,7 @@ def find_export(model: str | None, roots: Sequence[Path]) -> Path:
         roots: folders whose `runs/*/export` and `runs/*/*/export` are looked at.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or a damaged one is newer; the message names the best that can be used.
     """
     if model is not None:
         return Path(model)
@@ -91,9 +91,20 @@ def find_export(model: str | None, roots: Sequence[Path]) -> Path:
         for manifest in root.glob(pattern)
     }
     newest_first = sorted(manifests, key=lambda manifest: manifest.stat().st_mtime_ns, reverse=True)
+    damage = ""
     for manifest in newest_first:
-        if "sequential" in open_export(manifest.parent).plus:
-            return manifest.parent
+        path = manifest.parent
+        try:
+            usable = "sequential" in open_export(path).plus
+        except MegacogError as error:
+            damage = damage or f"the newest export, {path}, cannot be used: {error}."
+            continue
+        if usable and not damage:
+            return path
+        if usable:
+            raise CheckpointError(f"{damage} The newest whole one is older: pass --model {path} to use it.")
+    if damage:
+        raise CheckpointError(f"{damage} There is no whole one that can make clips: train again or pass --model.")
     tried = ", ".join(sorted({str(root / "runs") for root in roots}))
     raise CheckpointError(
         f"no model: --model and $MEGACOG_MODEL are not given and no export that can make clips is in {tried}. "

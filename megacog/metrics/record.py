@@ -45,8 +45,7 @@ class Recorder:
             return
         plain = {name: _plain(value) for name, value in values.items()}
         record = {"step": step, "kind": kind, "time": round(time.time(), 3), **plain}
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        self._guard("metrics.jsonl", lambda: self._append(line.encode()))
+        self._guard("metrics.jsonl", lambda: self._append(_line(record).encode()))
         sink = self._tensorboard
         if sink is not None:
             self._guard("TensorBoard", lambda: sink.write(step, kind, plain))
@@ -144,6 +143,10 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
@@ -155,11 +158,8 @@ def _parse(line: str) -> dict[str, Any] | None:
 def _rewrite(path: Path, step: int) -> None:
     if not path.exists():
         return
-    with open(path, encoding="utf-8", errors="replace") as old, atomic_file(path, "w") as new:
-        for line in old:
-            record = _parse(line)
-            if record is not None and record["step"] <= step:
-                new.write(line if line.endswith("\n") else line + "\n")
+    with atomic_file(path, "w") as new:
+        new.writelines(_line(record) for record in read_records(path) if record["step"] <= step)
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -1,12 +1,18 @@
-"""Are all engines the same optimizer? The same small model and data through each, step by step.
+"""Proof that all engines are the same optimizer: the same small model and data through each, step by step.
 
-Used by the tests and by `launch/prove.py engines`. The measure is the largest relative difference of
-losses and gradient norms against the plain engine on one rank.
+The measure is the largest relative difference of losses and gradient norms against the plain engine on
+one rank. Used by the tests, too.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -16,13 +22,16 @@ from megacog.config.schema import Config, ModelConfig
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
-from megacog.parallel.groups import ProcessGroups
+from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.parallel.tensor import TensorParallel
+from megacog.runtime.cli import run
 from megacog.training.engine import Engine, build_engine
 from megacog.training.schedule import learning_rate
 
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
 CLIP = 0.01
+TOLERANCE = 1e-5
+"""Of losses and gradient norms, relative; clipping must be active, or the comparison means little."""
 ENGINES: tuple[tuple[str, int], ...] = (
     ("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3),
 )  # fmt: skip
@@ -34,11 +43,17 @@ class Difference:
     """One engine against the plain engine on one rank."""
 
     engine: str
+    tensor: int
+    """Tensor-parallel ranks."""
     loss: float
     """Largest |a - b| / |b| over all steps."""
     grad_norm: float
     clipped: bool
     """Clipping was active in every step."""
+
+    @property
+    def accepted(self) -> bool:
+        return self.clipped and self.loss < TOLERANCE and self.grad_norm < TOLERANCE
 
 
 def small_config(engine: str, zero_stage: int, tensor: int, steps: int, precision: str = "fp32") -> Config:
@@ -100,18 +115,17 @@ def train(config: Config, groups: ProcessGroups) -> list[tuple[float, float]]:
     return [run_step(engine, config, groups, step) for step in range(1, config.train.steps + 1)]
 
 
-def compare_engines(groups: ProcessGroups, steps: int) -> list[Difference]:
+def compare_engines(tensor_sizes: Iterable[int], steps: int) -> Iterator[Difference]:
     """Every engine on these ranks against the plain engine on one rank (which each rank runs for itself)."""
-    alone = ProcessGroups(TensorParallel(), 0, 1, None)
-    expected = train(small_config("torch", 0, 1, steps), alone)
-    found = []
-    for engine, zero_stage in ENGINES:
-        actual = train(small_config(engine, zero_stage, groups.tensor.size, steps), groups)
-        ours, theirs = np.array(actual), np.array(expected)
-        loss, norm = (np.abs(ours - theirs) / np.abs(theirs)).max(axis=0).tolist()  # NaN stays NaN
-        name = "torch" if engine == "torch" else f"deepspeed ZeRO {zero_stage}"
-        found.append(Difference(name, loss, norm, all(norm > CLIP for _, norm in expected)))
-    return found
+    expected = train(small_config("torch", 0, 1, steps), ProcessGroups(TensorParallel(), 0, 1, None))
+    theirs, clipped = np.array(expected), all(norm > CLIP for _, norm in expected)
+    for tensor in tensor_sizes:
+        groups = build_process_groups(tensor)
+        for engine, zero_stage in ENGINES:
+            ours = np.array(train(small_config(engine, zero_stage, tensor, steps), groups))
+            loss, norm = (np.abs(ours - theirs) / np.abs(theirs)).max(axis=0).tolist()  # NaN stays NaN
+            name = "torch" if engine == "torch" else f"deepspeed ZeRO {zero_stage}"
+            yield Difference(name, tensor, loss, norm, clipped)
 
 
 def _data(model: ModelConfig, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -122,3 +136,42 @@ def _data(model: ModelConfig, step: int) -> tuple[torch.Tensor, torch.Tensor, to
     valid_BL[::2, : model.text_length // 2] = False
     codes = (GLOBAL_BATCH, grid.frames, grid.cells)
     return text_BL, valid_BL, torch.randint(0, model.image_vocab_size, codes, generator=generator)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `prove.py engines`: start the ranks, or be one of them; returns 0 if all differences are within 1e-5."""
+    parser = argparse.ArgumentParser(prog="prove.py engines", description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes")
+    arguments = parser.parse_args(argv)
+    if "RANK" not in os.environ:
+        return _start_ranks(arguments)
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+    accepted, ranks = True, dist.get_world_size()
+    for row in compare_engines(arguments.tensor, arguments.steps):
+        accepted &= row.accepted
+        _print_on_rank_0(
+            f"{row.engine:18} tensor {row.tensor} x data {ranks // row.tensor}, {arguments.steps} steps: "
+            f"largest relative difference of losses {row.loss:.1e}, of gradient norms {row.grad_norm:.1e}"
+        )
+    _print_on_rank_0(f"{'all within' if accepted else 'NOT within'} {TOLERANCE} of the plain engine on one rank")
+    dist.destroy_process_group()
+    return 0 if accepted else 1
+
+
+def _start_ranks(arguments: argparse.Namespace) -> int:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.ranks)]
+    command += ["-m", "megacog.training.comparison", "--steps", str(arguments.steps)]
+    command += ["--tensor", *map(str, arguments.tensor)]
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _print_on_rank_0(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

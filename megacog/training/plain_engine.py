@@ -18,8 +18,7 @@ from megacog.config.schema import Config
 from megacog.model.transformer import CogVideo, LossOutput
 from megacog.parallel.groups import ProcessGroups
 from megacog.training.optimizer import build_optimizer, global_norm
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from megacog.training.precision import DTYPES
 
 
 class PlainEngine:
@@ -33,7 +32,7 @@ class PlainEngine:
     """
 
     def __init__(self, config: Config, model: CogVideo, groups: ProcessGroups, accumulation: int) -> None:
-        self.model = model.to(_DTYPES[config.train.precision])
+        self.model = model.to(DTYPES[config.train.precision])
         self.grad_norm = 0.0
         self._groups = groups
         self._accumulation = accumulation

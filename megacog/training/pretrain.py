@@ -44,6 +44,7 @@ from megacog.tokenizers.frames import FrameTokenizer, load_frame_tokenizer
 from megacog.tokenizers.text import TextTokenizer
 from megacog.training.engine import Engine, build_engine
 from megacog.training.loop import Loop
+from megacog.training.precision import DTYPES
 from megacog.training.samples import Sampler
 from megacog.training.start import describe_weights, idle_tensors, open_inherited, start_weights
 from megacog.training.state import Resumed, RunState, load_checkpoint, shapes_of
@@ -51,7 +52,6 @@ from megacog.training.state import Resumed, RunState, load_checkpoint, shapes_of
 log = logs.get_logger(__name__)
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def build_model(
     plus = () if stage == "base" else (stage,)
     with torch.device("meta"):
         model = CogVideo(config.model, plus, groups.tensor, config.train.activation_checkpointing)
-    materialize(model, device, _DTYPES[config.train.precision])
+    materialize(model, device, DTYPES[config.train.precision])
     model.trainable(stage)
     if checkpoint is None:
         return model, None, start_weights(config, model, export)

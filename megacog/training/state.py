@@ -16,7 +16,7 @@ from megacog.checkpoint.export import Export, load_tensors, save_export
 from megacog.checkpoint.manifest import Manifest
 from megacog.checkpoint.records import Record, RecordReader
 from megacog.checkpoint.rng import restore_rng, seed_everything
-from megacog.checkpoint.store import open_frozen, rng_name, save_checkpoint, save_frozen
+from megacog.checkpoint.store import needed_bytes, open_frozen, rng_name, save_checkpoint, save_frozen
 from megacog.config.load import config_hash
 from megacog.config.schema import Config
 from megacog.errors import CheckpointError
@@ -32,6 +32,7 @@ log = get_logger(__name__)
 _FREE_MODEL_KEYS = ("inherit", "plus_from", "plus_dense")
 """Model keys that matter only when a run starts."""
 _FIXED_TRAIN_KEYS = ("stage", "precision", "seed", "global_batch_size")
+_FP32_BYTES = 4
 _QUIET_SECTIONS = ("samples", "metrics", "generation", "checkpoint")
 
 
@@ -192,17 +193,17 @@ class RunState:
         seed_everything(self._config.train.seed + resumed.manifest.step * 1_000_003 + self._groups.data_rank)
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of a step unless it is there already.
+        """Write the checkpoint of a step, the first time with all frozen weights, unless it is there already.
 
         Raises:
+            EnvError: There is not enough disk space for all of it; nothing was written.
             CheckpointError: Some rank could not write.
         """
         if step == self.saved_step:
             return
+        sizes = self._trained_bytes()
         if self._frozen_hash is None:
-            self._save_frozen()
-        trained = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
-        sizes = {name: torch.Size(self._shapes[name]).numel() for name in trained}
+            self._save_frozen(reserve=needed_bytes(sizes))
         header = self._header(step)
         save_checkpoint(self.run_dir, header, sizes, self._record, self._config.checkpoint.keep_last)
         self.saved_step = step
@@ -247,11 +248,27 @@ class RunState:
         state = self._engine.get_state(name)
         return {field: gather_whole(tensor, parameter, self._groups.tensor) for field, tensor in state.items()}
 
-    def _save_frozen(self) -> None:
-        frozen = [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
-        sizes = {name: torch.Size(self._shapes[name]).numel() for name in frozen} | dict.fromkeys(self._idle, 1)
+    def _trained_bytes(self) -> dict[str, int]:
+        """Bytes of every trained parameter's record: weight, both moments and, if the weight is not fp32, master."""
+        sizes = {}
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                masters = 0 if parameter.dtype == torch.float32 else 1
+                sizes[name] = self._numel(name) * (parameter.element_size() + (2 + masters) * _FP32_BYTES)
+        return sizes
+
+    def _numel(self, name: str) -> int:
+        return torch.Size(self._shapes[name]).numel()
+
+    def _save_frozen(self, reserve: int) -> None:
+        """Write frozen and idle weights, if there are any, when `reserve` bytes fit besides."""
+        frozen = {name: parameter for name, parameter in self._parameters.items() if not parameter.requires_grad}
+        sizes = {name: self._numel(name) * parameter.element_size() for name, parameter in frozen.items()}
+        if self._idle:
+            assert self._export is not None
+            sizes |= self._export.tensor_bytes(self._idle)
         if sizes:
-            self._frozen_hash = save_frozen(self.run_dir, self._header(0), sizes, self._frozen_record)
+            self._frozen_hash = save_frozen(self.run_dir, self._header(0), sizes, self._frozen_record, reserve)
 
     def _frozen_record(self, name: str) -> Record:
         if name in self._parameters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from megacog.checkpoint import commit, discovery
 from megacog.checkpoint.discovery import checkpoint_path, find_checkpoint, list_checkpoints
 from megacog.checkpoint.manifest import FILE_NAME, Manifest
 from megacog.checkpoint.records import Record, RecordReader
-from megacog.checkpoint.store import open_frozen, save_checkpoint, save_frozen
-from megacog.errors import CheckpointError
+from megacog.checkpoint.store import needed_bytes, open_frozen, save_checkpoint, save_frozen
+from megacog.errors import CheckpointError, EnvError
 
-SIZES = {"a.weight": 6, "b.weight": 2}
+ELEMENTS = {"a.weight": 6, "b.weight": 2}
+SIZES = {name: 4 * elements for name, elements in ELEMENTS.items()}
 
 
 def header() -> Manifest:
@@ -27,7 +29,7 @@ def header() -> Manifest:
 
 
 def record(name: str) -> Record:
-    return {"weight": torch.full((SIZES[name],), float(len(name)))}
+    return {"weight": torch.full((ELEMENTS[name],), float(len(name)))}
 
 
 def save(run: Path, step: int, keep_last: int = 9) -> Path:
@@ -136,10 +138,36 @@ def test_a_full_disk_leaves_the_older_checkpoints_and_nothing_half_written(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-0000001"]
 
 
-def test_too_little_space_is_noticed_before_writing(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="not enough disk space"):
-        save_checkpoint(tmp_path, header(), {"a.weight": 10**15}, record, 1)
-    assert not (tmp_path / "checkpoints").exists()
+def leave_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr("megacog.runtime.files.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+
+
+def test_too_little_space_is_noticed_before_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_free(monkeypatch, needed_bytes(SIZES) - 1)
+    with pytest.raises(EnvError, match="not enough disk space"):
+        save(tmp_path, 1)
+    assert not any(tmp_path.iterdir())
+    leave_free(monkeypatch, needed_bytes(SIZES))
+    path = save(tmp_path, 1)
+    assert folder_bytes(path) <= needed_bytes(SIZES)
+
+
+def test_too_little_space_is_noticed_before_frozen_weights_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_free(monkeypatch, needed_bytes(SIZES) + 99)
+    with pytest.raises(EnvError, match="not enough disk space"):
+        save_frozen(tmp_path, header(), SIZES, record, reserve=100)
+    assert not any(tmp_path.iterdir())
+    leave_free(monkeypatch, needed_bytes(SIZES) + 100)
+    save_frozen(tmp_path, header(), SIZES, record, reserve=100)
+    assert folder_bytes(tmp_path / "frozen") <= needed_bytes(SIZES)
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*"))
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(

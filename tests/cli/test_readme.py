@@ -198,7 +198,8 @@ def test_every_option_named_in_the_text_exists() -> None:
     texts += [help_text("prepare.py", name) for name in ("run", "inspect", "verify", "digits")]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
     texts += [help_text("prove.py", name) for name in re.findall(r"\{([\w,]+)\}", help_text("prove.py"))[0].split(",")]
-    foreign = ("--num_accelerators", "--gpus-per-node", "--logdir")  # of deepspeed, srun and tensorboard
+    foreign = ["--num_accelerators", "--gpus-per-node", "--logdir"]  # of deepspeed, srun and tensorboard
+    foreign += ["--shutdown-timeout", "--signals-to-handle", "--signal", "-TERM", "-f"]  # of torchrun, scancel, pkill
     known = "\n".join([*texts, *foreign])
     for page in PAGES:
         for code in inline_code(page):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from run_ranks import ROOT, Ranks, free_port, python_environment, run_ranks
+from run_ranks import ROOT, Ranks, free_port, python_environment, run_jobs, run_ranks
 from tiny_run import make_inputs, settings, write_config
 
 from megacog.checkpoint.discovery import list_checkpoints
 from megacog.checkpoint.export import open_export
+from megacog.metrics.record import read_records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 PROMPT = "the digit 3 moves left"
@@ -37,8 +37,8 @@ def config_of(inputs: Path, run_dir: Path, **train: Any) -> Path:
 
 
 def losses(run_dir: Path) -> list[tuple[float, float]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"]
+    records = read_records(run_dir / "metrics.jsonl")
+    return [(record["loss"], record["grad_norm"]) for record in records if record["kind"] == "train"]
 
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -115,13 +115,11 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_code_85(inputs: Pa
             time.sleep(0.02)
         ranks.processes[1].send_signal(signal.SIGTERM)
         assert ranks.wait(60).codes == [85, 85]
-    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"]
+    last = list(read_records(tmp_path / "run/metrics.jsonl"))[-1]["step"]
     assert list_checkpoints(tmp_path / "run")[0].name == f"step-{last:07d}"
 
 
 def test_a_rank_that_cannot_write_fails_the_checkpoint_everywhere(tmp_path: Path) -> None:
-    finished = run_ranks(["tests/rank_jobs.py", "failing_save", str(tmp_path)], 2, tmp_path)
-    finished.assert_success()
-    for message in json.loads((tmp_path / "result.json").read_text()):
+    for message in run_jobs(["failing_save"], 2, tmp_path)["failing_save"]:
         assert "rank 1" in message["error"] and "No space left" in message["error"]
         assert message["left"] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,28 @@ def test_the_model_comes_from_the_argument_then_the_environment_then_the_newest_
     monkeypatch.setenv("MEGACOG_MODEL", "from-environment")
     assert find_export(None, [tmp_path]) == Path("from-environment")
     assert find_export("given", [tmp_path]) == Path("given")
+
+
+def test_a_damaged_newest_export_is_named_with_the_one_that_can_be_used_instead(
+    export_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MEGACOG_MODEL", raising=False)
+    paths = [tmp_path / "runs" / name / "export" for name in ("oldest", "older", "newer", "newest")]
+    for age, path in enumerate(paths):
+        shutil.copytree(export_path, path)
+        os.utime(path / "manifest.json", (age, age))
+    for path in paths[2:]:
+        (path / "model-00001.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError) as caught:
+        find_export(None, [tmp_path])
+    message, damaged = str(caught.value), paths[3] / "model-00001.safetensors"
+    assert message.startswith(f"the newest export, {paths[3]}, cannot be used: {damaged} has 3 bytes")
+    assert message.endswith(f"pass --model {paths[1]} to use it.")
+    for age, path in enumerate(paths[:2]):
+        (path / "manifest.json").write_text("{")
+        os.utime(path / "manifest.json", (8 + age, 8 + age))
+    with pytest.raises(CheckpointError, match=rf"{paths[1]}/manifest.json is damaged.*no whole one"):
+        find_export(None, [tmp_path])
 
 
 def test_file_names_hold_nothing_of_a_prompt_but_letters_digits_and_dashes() -> None:

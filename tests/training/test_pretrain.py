@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_run import make_inputs, settings, write_config
 
+from megacog.checkpoint import store
 from megacog.checkpoint.discovery import list_checkpoints
 from megacog.checkpoint.export import open_export
-from megacog.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, DataError
+from megacog.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, DataError, EnvError
+from megacog.metrics.record import read_records
 from megacog.training import pretrain
 from megacog.training.guard import NonFiniteError
 from megacog.training.loop import Loop
@@ -59,8 +61,7 @@ def sequential(inputs: Path, base: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+    return [record for record in read_records(run_dir / "metrics.jsonl") if record["kind"] == kind]
 
 
 def numbers(run_dir: Path) -> list[tuple[Any, ...]]:
@@ -148,6 +149,36 @@ def test_a_resumed_run_needs_neither_the_inherited_export_nor_idle_sets_elsewher
     assert run(tmp_path, values) == 0
     found = tensors(tmp_path / "run")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_first_checkpoint_needs_space_for_trained_frozen_and_idle_weights(
+    inputs: Path, sequential: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(store, "require_space", lambda _, needed: asked.append(needed))
+
+    def values(name: str) -> dict[str, Any]:
+        changed = torch_settings(inputs, tmp_path / name, "interpolation", steps=2, precision=precision, eval_every=0)
+        changed["model"]["inherit"] = str(sequential / "export")
+        changed["checkpoint"] = {"every": 1}
+        return changed
+
+    assert run(tmp_path, values("whole")) == 0
+    frozen, first = (folder_bytes(tmp_path / "whole" / name) for name in ("frozen", "checkpoints/step-0000001"))
+    overhead = 2 * 120 * 1024 + 2 * 2**17  # some 120 records and two manifests
+    assert frozen + first <= asked[0] <= frozen + first + overhead
+    assert first <= asked[1] <= first + overhead // 2 and asked[1:] == [asked[1]] * 2
+    monkeypatch.undo()
+
+    monkeypatch.setattr("megacog.runtime.files.shutil.disk_usage", lambda _: SimpleNamespace(free=asked[0] - 1))
+    with pytest.raises(EnvError, match="not enough disk space"):
+        run(tmp_path, values("small"))
+    assert not (tmp_path / "small/frozen").exists() and not (tmp_path / "small/checkpoints").exists()
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*"))
 
 
 def test_a_signal_finishes_the_step_saves_and_exits_85_and_the_rest_is_bitwise(
