@@ -157,6 +157,21 @@ class TextTokenizer:
         """Returns the ids of the unconditional text at the same rate."""
         return self.encode(self.settings.null_caption, span_seconds, num_frames)
 
+    def require_null_fits(self, spans: Iterable[float | None], num_frames: int, length: int) -> None:
+        """Checks the unconditional text at every span.
+
+        Raises:
+            DataError: it has more than `length` tokens somewhere.
+        """
+        for span in spans:
+            need = len(self.encode_null(span, num_frames))
+            if need > length:
+                rate = "" if span is None else f" at {span:g} seconds (rate text, separator, null caption)"
+                raise DataError(
+                    f"the null text{rate} has {need} tokens, model.text_length is {length}. Raise model.text_length; "
+                    "with a model that is trained already, choose other generation.seconds or generation.levels"
+                )
+
     def pad(self, ids: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
         """Returns (text_BL int64, text_valid_BL bool), padded on the left to `length`.
 
