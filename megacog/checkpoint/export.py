@@ -23,7 +23,7 @@ from megacog.config.schema import Config, ModelConfig, PlusStage
 from megacog.errors import CheckpointError
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel, materialize
-from megacog.runtime.files import atomic_directory, sha256_file
+from megacog.runtime.files import FolderKind, atomic_directory, sha256_file
 from megacog.runtime.tensor_files import save_tensors
 
 FORMAT = "megacog-export"
@@ -79,7 +79,7 @@ def save_export(
         tensors: Whole tensors by parameter name.
         text_tokenizer, frame_tokenizer: Folders to copy in.
     """
-    with atomic_directory(path, replace=True, holding="manifest.json") as folder:
+    with atomic_directory(path, FolderKind("manifest.json", FORMAT)) as folder:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         placement = {}
         for index, names in enumerate(_shards(tensors), start=1):

@@ -24,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megacog.errors import ConfigError, DataError
+from megacog.runtime.files import FolderKind
 from megacog.runtime.tensor_files import save_tensors
 from megacog.tokenizers.quantizers import EMAVQ, FSQ, Quantized
 
 FORMAT = "megacog-frame-tokenizer"
+KIND = FolderKind("tokenizer.json", FORMAT)
 VERSION = 1
 ARCHITECTURE = "conv"
 # Pixels of one forward pass. Frames are coded in groups of one fixed size (the last one padded), because

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from megacog.errors import ConfigError, DataError
-from megacog.runtime.files import atomic_directory
+from megacog.runtime.files import FolderKind, atomic_directory, require_replaceable
 
 FORMAT = "megacog-text-tokenizer"
+KIND = FolderKind("text.json", FORMAT)
 VERSION = 1
 SEPARATOR = "<n>"
 PAD = "<pad>"
@@ -246,7 +247,7 @@ def train_text_tokenizer(
         model_type: SentencePiece's "bpe" or "unigram" (bpe keeps whole words on corpora of few captions).
         byte_fallback: spell unknown characters as bytes; None = from 1024 pieces on.
         spans: seconds whose rate texts are part of the corpus.
-        replace: overwrite an existing folder.
+        replace: overwrite an existing text tokenizer.
 
     Raises:
         ConfigError: bad template or vocabulary size.
@@ -257,6 +258,8 @@ def train_text_tokenizer(
     out = Path(out)
     if out.exists() and not replace:
         raise DataError(f"{out} exists already; choose another folder or pass --force to replace it")
+    if replace:
+        require_replaceable(out, KIND)
     texts = list(_checked(captions))
     if not texts:
         raise DataError("there are no captions to train a text tokenizer on")
@@ -272,7 +275,7 @@ def train_text_tokenizer(
     )
     tokenizer = TextTokenizer(model, settings)
     report = _report(tokenizer, texts, rates, vocab_size)
-    with atomic_directory(out, replace=replace, holding="text.json") as folder:
+    with atomic_directory(out, KIND if replace else None) as folder:
         write_tokenizer(folder, model, settings)
         _write_json(folder / "report.json", report)
     return report
