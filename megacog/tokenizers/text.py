@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megacog.errors import ConfigError, DataError
 from megacog.runtime.files import FolderKind, atomic_directory, require_replaceable
+from megacog.tokenizers.description import read_description
 
 FORMAT = "megacog-text-tokenizer"
 KIND = FolderKind("text.json", FORMAT)
@@ -112,7 +113,7 @@ class TextTokenizer:
             DataError: a file is missing, damaged, or does not match its fingerprint.
         """
         folder = Path(folder)
-        fields = _read_json(folder / "text.json")
+        fields = read_description(folder / "text.json", "text")
         if fields.get("format") != FORMAT or fields.get("version") != VERSION:
             raise DataError(
                 f"{folder / 'text.json'}: format {fields.get('format')!r} version {fields.get('version')!r}, "
@@ -369,17 +370,3 @@ def _fingerprint(model: bytes, settings: TextSettings) -> str:
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}; is {path.parent} a text tokenizer folder (launch/train_tokenizer.py text)?"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); the file is damaged") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{path}: not a JSON object; the file is damaged")
-    return fields
