@@ -27,6 +27,7 @@ from megacog.runtime.files import FolderKind, atomic_directory, sha256_file
 from megacog.runtime.tensor_files import save_tensors
 
 FORMAT = "megacog-export"
+KIND = FolderKind("manifest.json", FORMAT)
 VERSION = 1
 SHARD_BYTES = 4 * 2**30
 
@@ -79,7 +80,7 @@ def save_export(
         tensors: Whole tensors by parameter name.
         text_tokenizer, frame_tokenizer: Folders to copy in.
     """
-    with atomic_directory(path, FolderKind("manifest.json", FORMAT)) as folder:
+    with atomic_directory(path, KIND) as folder:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         placement = {}
         for index, names in enumerate(_shards(tensors), start=1):
