@@ -23,10 +23,11 @@ from megacog.config.schema import Config, ModelConfig, PlusStage
 from megacog.errors import CheckpointError
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel, materialize
-from megacog.runtime.files import atomic_directory, sha256_file
+from megacog.runtime.files import FolderKind, atomic_directory, sha256_file
 from megacog.runtime.tensor_files import save_tensors, stored_bytes
 
 FORMAT = "megacog-export"
+KIND = FolderKind("manifest.json", FORMAT)
 VERSION = 1
 SHARD_BYTES = 4 * 2**30
 
@@ -85,7 +86,7 @@ def save_export(
         tensors: Whole tensors by parameter name.
         text_tokenizer, frame_tokenizer: Folders to copy in.
     """
-    with atomic_directory(path, replace=True, holding="manifest.json") as folder:
+    with atomic_directory(path, KIND) as folder:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         placement = {}
         for index, names in enumerate(_shards(tensors), start=1):

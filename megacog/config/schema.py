@@ -317,6 +317,10 @@ class GenerationConfig(Section):
     samples: int = Field(default=1, ge=1)
     """Clips per prompt."""
 
+    def text_spans(self, seconds: float) -> tuple[float, ...]:
+        """Seconds that the texts of a pass name: those of its key frames, then half as many per interpolation."""
+        return tuple(seconds / 2**level for level in range(self.levels + 1))
+
 
 class SamplesConfig(Section):
     """Clips generated while training, with the same prompts and seeds every time."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from megacog.config.schema import Config, ModelConfig, Stage
 from megacog.data.dataset import Source, Texts, open_sources
-from megacog.data.rates import RateRule
+from megacog.data.rates import Rate, RateRule
 from megacog.data.shards import Shard
 from megacog.errors import ConfigError, DataError
 from megacog.model.layout import stage_layout
@@ -91,7 +91,7 @@ def check_data(
     Raises:
         ConfigError: the text tokenizer has more pieces than the model's text embedding.
         DataError: shards are missing, damaged, of another tokenizer, grid or codebook, or share clips
-            between training and evaluation; a source is empty; a caption is too long.
+            between training and evaluation; a source is empty; a text is too long at one of the rates.
     """
     text = text if text is not None else TextTokenizer.load(Path(config.tokenizer.text))
     train = open_sources(config.data.train, "data.train")
@@ -108,8 +108,7 @@ def check_data(
     if config.train.stage == "base" and config.data.base_video_share:
         rules.append(_rule(config, "sequential"))
     texts = Texts(text, config.model.num_frames)
-    if config.data.caption_dropout and rules[-1].stage != "base":
-        _check_null(texts, rules[-1], config.model.text_length)
+    _check_fixed_texts(config, text, _spans(config, rules, (*train, *held_out)))
     for source in (*train, *held_out):
         for each in rules:
             _check_texts(source, each, texts, text, config.model.text_length)
@@ -209,14 +208,30 @@ def _check_disjoint(train: Sequence[Source], held_out: Sequence[Source]) -> None
                 )
 
 
-def _check_null(texts: Texts, rule: RateRule, text_length: int) -> None:
-    slowest = (rule.frames - 1) / min(*rule.config.series, *rule.config.interpolation)
-    need = len(texts.rate(slowest)) + len(texts.null)
-    if need > text_length:
-        raise DataError(
-            f"the null text (rate text, separator, null caption) has {need} tokens, model.text_length is "
-            f"{text_length}. Raise model.text_length."
-        )
+def _spans(config: Config, rules: Sequence[RateRule], sources: Sequence[Source]) -> list[float | None]:
+    """Returns every span that a text of this config may name: of its rates, of stored rates, of generation."""
+    rates = {rate.fps for rule in rules for source in sources for rate in _rates(source, rule) if rate.fps}
+    if rules[-1].stage == "base":
+        return [None]
+    rates.update(config.data.rates.series, config.data.rates.interpolation)
+    spans = {(rules[-1].frames - 1) / rate for rate in rates}
+    return [None, *sorted(spans.union(config.generation.text_spans(config.generation.seconds)), reverse=True)]
+
+
+def _rates(source: Source, rule: RateRule) -> set[Rate]:
+    kinds = set(zip(source.lengths.tolist(), source.fps.tolist(), strict=True))
+    return {rate for length, fps in kinds for rate in rule.feasible(length, fps)}
+
+
+def _check_fixed_texts(config: Config, text: TextTokenizer, spans: Sequence[float | None]) -> None:
+    """Raises DataError if the null text or a sample prompt does not fit."""
+    model, generation = config.model, config.generation
+    if config.data.caption_dropout or generation.guidance != 1.0 or generation.interpolation_guidance != 1.0:
+        text.require_null_fits(spans, model.num_frames, model.text_length)
+    if config.samples.every and config.train.stage != "interpolation":
+        sampled = [None] if config.train.stage == "base" else [None, generation.seconds]
+        for prompt in config.samples.prompts:
+            text.pad([text.encode(prompt, span, model.num_frames) for span in sampled], model.text_length)
 
 
 def _check_texts(source: Source, rule: RateRule, texts: Texts, text: TextTokenizer, text_length: int) -> None:

@@ -180,12 +180,15 @@ class ClipGenerator:
         """Tokenize everything that the clip will need.
 
         Raises:
-            DataError: a text is empty or too long for the model.
+            DataError: a text (with guidance, also the null text) is empty or too long for the model.
         """
         plan = plan_clip(request.seconds, self.num_frames, self.settings)
-        spans = [None, *(plan.span / 2**level for level in range(self.settings.levels + 1))]
+        spans = [None, *self.settings.text_spans(plan.span)]
         ids = [self.text.encode(request.text, span, self.num_frames) for span in spans]
-        self.text.pad(ids, self.model.config.text_length)
+        length = self.model.config.text_length
+        self.text.pad(ids, length)
+        if self.settings.guidance != 1.0 or self.settings.interpolation_guidance != 1.0:
+            self.text.require_null_fits(spans, self.num_frames, length)
 
     def generate(self, requests: Sequence[ClipRequest]) -> Iterator[ClipChunk]:
         """Chunks of finished frames, `settings.batch_size` clips at a time, in constant memory."""

@@ -5,7 +5,7 @@ line, white on black, 32x32 pixels at 8 frames per second. The scans are split p
 `train` and `heldout` (both become videos) and `judge`, which only the evaluation's classifier sees.
 
 A corpus folder holds train/ and heldout/, each with captions.csv (video, caption), metadata.jsonl
-and the mp4 files; with --two-part also two-part/train/ and two-part/heldout/.
+and the mp4 files, and digits.json with what was asked for; with --two-part also two-part/train/ and two-part/heldout/.
 
 Dimensions: T frames, H/W pixels. Positions are (x, y) in pixels, y downwards; pixel i covers [i, i+1).
 """
@@ -25,9 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacog.errors import ConfigError, EnvError
-from megacog.runtime.files import atomic_directory
+from megacog.runtime.files import FolderKind, atomic_directory
 from megacog.runtime.progress import progress
 
+KIND = FolderKind("digits.json", "megacog-digits")
 Split = Literal["train", "heldout", "judge"]
 Scans = tuple[NDArray[np.float32], NDArray[np.int64]]
 
@@ -280,14 +281,17 @@ def write_corpus(
     replace: bool,
     scans_per_digit: int | None = None,
 ) -> None:
-    """Writes the whole corpus folder; it appears complete or not at all.
+    """Writes the whole corpus folder; it appears complete or not at all. `replace` replaces an older corpus.
 
     `scans_per_digit` limits the handwriting of the training clips; see `corpus_clips`.
     """
     sets: list[tuple[Split, int, bool]] = [("train", num_clips, False), ("heldout", num_heldout, False)]
     if two_part:
         sets += [("train", num_clips, True), ("heldout", num_heldout, True)]
-    with atomic_directory(out, replace=replace) as folder:
+    with atomic_directory(out, KIND if replace else None) as folder:
+        made = {"format": KIND.format, "clips": num_clips, "heldout_clips": num_heldout, "seed": seed}
+        made |= {"two_part": two_part, "scans_per_digit": scans_per_digit}
+        (folder / KIND.file).write_text(json.dumps(made) + "\n", encoding="utf-8")
         for split, count, is_two_part in sets:
             name = f"two-part/{split}" if is_two_part else split
             limit = scans_per_digit if split == "train" else None
@@ -358,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--two-part", action="store_true", help='also "the digit 3 moves right then down"')
-    parser.add_argument("--force", action="store_true", help="replace an existing folder")
+    parser.add_argument("--force", action="store_true", help="replace an existing corpus")
     settings = parser.parse_args(argv)
     for name in ("clips", "heldout_clips", "scans_per_digit"):
         if getattr(settings, name) is not None and getattr(settings, name) < 1:

@@ -25,13 +25,14 @@ from torch import Tensor
 from megacog.errors import ConfigError, DataError
 from megacog.prepare.frame_pool import FramePool
 from megacog.prepare.perceptual import PerceptualLoss
-from megacog.runtime.files import atomic_directory
+from megacog.runtime.files import FolderKind, atomic_directory
 from megacog.runtime.log import get_logger
 from megacog.runtime.signals import StopFlag
 from megacog.runtime.tensor_files import save_tensors
 from megacog.tokenizers.frames import ConvTokenizer, ConvTokenizerConfig, pixels_of_frames
 
-STATE_VERSION = 1
+STATE = FolderKind("state.json", "megacog-frame-tokenizer-training")
+STATE_VERSION = 2
 CODE_NORM_MOMENTUM = 0.05
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_BETWEEN_SAVES = 60.0
@@ -250,16 +251,16 @@ def _log_line(values: dict[str, float], trainer: FrameTrainer, steps_per_second:
 
 
 def _save(trainer: FrameTrainer, partial: Path, identity: dict[str, Any]) -> None:
-    with atomic_directory(partial, replace=True) as folder:
+    with atomic_directory(partial, STATE) as folder:
         save_tensors(trainer.state(), folder / "state.safetensors")
-        fields = {"version": STATE_VERSION, "step": trainer.step_number, "identity": identity}
-        (folder / "state.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        fields = {"format": STATE.format, "version": STATE_VERSION, "step": trainer.step_number, "identity": identity}
+        (folder / STATE.file).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
 def _resume(trainer: FrameTrainer, partial: Path, identity: dict[str, Any]) -> None:
     advice = "pass --restart to start over"
     try:
-        fields = json.loads((partial / "state.json").read_text(encoding="utf-8"))
+        fields = json.loads((partial / STATE.file).read_text(encoding="utf-8"))
         version, step, earlier = fields["version"], fields["step"], fields["identity"]
         tensors = safetensors.torch.load_file(partial / "state.safetensors")
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:

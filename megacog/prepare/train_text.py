@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--video-column", help="name of the column with the video, where it is unusual")
     parser.add_argument("--caption-column", help="name of the column with the caption, where it is unusual")
-    parser.add_argument("--force", action="store_true", help="replace an existing folder")
+    parser.add_argument("--force", action="store_true", help="replace an existing text tokenizer")
     parser.set_defaults(command=train)
 
 

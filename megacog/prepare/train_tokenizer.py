@@ -40,7 +40,7 @@ def _add_frames_parser(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     parser.add_argument("videos", type=Path, nargs="+", help="folders of videos, GIFs or folders of frames; or files")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--force", action="store_true", help="replace an existing folder")
+    parser.add_argument("--force", action="store_true", help="replace an existing frame tokenizer")
     parser.add_argument("--restart", action="store_true", help="forget an unfinished run")
 
     frames = parser.add_argument_group("frames")
@@ -99,7 +99,7 @@ def train_frames(settings: argparse.Namespace) -> int:
     )
     from megacog.runtime.files import atomic_directory, sha256_file
     from megacog.runtime.hardware import usable_device
-    from megacog.tokenizers.frames import ConvTokenizerConfig, write_frame_tokenizer
+    from megacog.tokenizers.frames import KIND, ConvTokenizerConfig, write_frame_tokenizer
 
     _check(settings)
     usable_device(settings.device)
@@ -162,7 +162,7 @@ def train_frames(settings: argparse.Namespace) -> int:
         "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
         "fingerprint": tokenizer.fingerprint,
     }
-    with atomic_directory(settings.out, replace=settings.force, holding="tokenizer.json") as folder:
+    with atomic_directory(settings.out, KIND if settings.force else None) as folder:
         write_frame_tokenizer(folder, tokenizer)
         write_picture(folder / "reconstruction.png", tokenizer, heldout)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -198,6 +198,8 @@ def show(settings: argparse.Namespace) -> int:
 
 def _check(settings: argparse.Namespace) -> None:
     """Raises ConfigError for values that argparse lets through, before anything takes time."""
+    from megacog.tokenizers.frames import KIND
+
     for name in ("max_videos", "frames_per_video", "workers", "fps"):
         if not getattr(settings, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}")
@@ -210,7 +212,7 @@ def _check(settings: argparse.Namespace) -> None:
         raise ConfigError(f"--heldout-fraction must lie between 0 and 1, not {settings.heldout_fraction}")
     if settings.out.exists() and not settings.force:
         raise DataError(f"{settings.out} exists already; choose another folder or pass --force to replace it")
-    require_replaceable(settings.out, "tokenizer.json")
+    require_replaceable(settings.out, KIND)
 
 
 def _frames_sha256(pool: Any) -> str:

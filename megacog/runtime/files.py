@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -37,6 +39,14 @@ _MENDS = {
 }
 """What a user can do about errors of paths, disks and limits."""
 _CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """What tells a folder of ours: it holds `file`, a JSON object whose "format" is `format`."""
+
+    file: str
+    format: str
 
 
 @contextmanager
@@ -73,20 +83,20 @@ def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def atomic_directory(path: Path | str, replace: bool = False, holding: str | None = None) -> Iterator[Path]:
+def atomic_directory(path: Path | str, replace: FolderKind | None = None) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `path`, durably, when the block ends without an error.
 
     Args:
         path: the final name; its parent is made if missing.
-        replace: an existing folder at `path` is replaced; otherwise it is an error (an empty one is not).
-        holding: a file that the folder to replace must hold, so that no other folder is removed by mistake.
+        replace: an existing folder of this kind is replaced, whatever else it lacks; any other one is an error
+            (an empty one is not), so that no folder of other things is removed by mistake.
 
     Raises:
         EnvError: `path` exists already, or the disk is full; nothing new remains.
     """
     path = Path(path)
-    if replace:
-        require_replaceable(path, holding)
+    if replace is not None:
+        require_replaceable(path, replace)
     else:
         _require_free_name(path)
     temporary = _temporary_name(path)
@@ -95,7 +105,7 @@ def atomic_directory(path: Path | str, replace: bool = False, holding: str | Non
         temporary.mkdir()
         yield temporary
         _sync_tree(temporary)
-        if not replace:
+        if replace is None:
             _require_free_name(path)
         _move_into_place(temporary, path)
         sync_directory(path.parent)
@@ -163,12 +173,8 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
 
 
-def require_replaceable(path: Path, holding: str | None = None) -> None:
+def require_replaceable(path: Path, kind: FolderKind) -> None:
     """Check that what is at `path`, if anything, is a folder that may be replaced by one of its own kind.
-
-    Args:
-        path: the folder.
-        holding: a file that folders of this kind hold; None = any folder will do.
 
     Raises:
         EnvError: it is a file, or a folder of other things, or lies below a file.
@@ -180,11 +186,19 @@ def require_replaceable(path: Path, holding: str | None = None) -> None:
         return
     if not path.is_dir():
         raise EnvError(f"{path} is a file and is not replaced by a folder. Remove it or choose another name.")
-    if holding is not None and not (path / holding).exists():
+    if not _is_of_kind(path, kind):
         raise EnvError(
-            f"{path} holds no {holding}, so it is something else and is not replaced. "
+            f"{path} holds no {kind.file} of {kind.format}, so it is something else and is not replaced. "
             "Remove it yourself or choose another name."
         )
+
+
+def _is_of_kind(path: Path, kind: FolderKind) -> bool:
+    try:
+        found = json.loads((path / kind.file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("format") == kind.format
 
 
 def _require_free_name(path: Path) -> None:

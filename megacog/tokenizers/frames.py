@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import safetensors
 import safetensors.torch
@@ -24,10 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megacog.errors import ConfigError, DataError
+from megacog.runtime.files import FolderKind
 from megacog.runtime.tensor_files import save_tensors
+from megacog.tokenizers.description import read_description
 from megacog.tokenizers.quantizers import EMAVQ, FSQ, Quantized
 
 FORMAT = "megacog-frame-tokenizer"
+KIND = FolderKind("tokenizer.json", FORMAT)
 VERSION = 1
 ARCHITECTURE = "conv"
 # Pixels of one forward pass. Frames are coded in groups of one fixed size (the last one padded), because
@@ -250,7 +253,7 @@ def load_frame_tokenizer(folder: Path, device: str | torch.device = "cpu") -> Fr
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    stored = _read_json(path)
+    stored = read_description(path, "frame")
     kind = (stored.get("format"), stored.get("version"), stored.get("architecture"))
     if kind != (FORMAT, VERSION, ARCHITECTURE):
         raise DataError(
@@ -305,17 +308,3 @@ def _fingerprint(config: ConvTokenizerConfig, weights: Mapping[str, Tensor]) -> 
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}; is {path.parent} a frame tokenizer folder (launch/train_tokenizer.py frames)?"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); the file is damaged") from error
-    if not isinstance(stored, dict):
-        raise DataError(f"{path}: not a JSON object; the file is damaged")
-    return stored

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from megacog.errors import ConfigError, DataError
-from megacog.runtime.files import atomic_directory
+from megacog.runtime.files import FolderKind, atomic_directory, require_replaceable
+from megacog.tokenizers.description import read_description
 
 FORMAT = "megacog-text-tokenizer"
+KIND = FolderKind("text.json", FORMAT)
 VERSION = 1
 SEPARATOR = "<n>"
 PAD = "<pad>"
@@ -111,7 +113,7 @@ class TextTokenizer:
             DataError: a file is missing, damaged, or does not match its fingerprint.
         """
         folder = Path(folder)
-        fields = _read_json(folder / "text.json")
+        fields = read_description(folder / "text.json", "text")
         if fields.get("format") != FORMAT or fields.get("version") != VERSION:
             raise DataError(
                 f"{folder / 'text.json'}: format {fields.get('format')!r} version {fields.get('version')!r}, "
@@ -156,6 +158,21 @@ class TextTokenizer:
     def encode_null(self, span_seconds: float | None, num_frames: int = 5) -> list[int]:
         """Returns the ids of the unconditional text at the same rate."""
         return self.encode(self.settings.null_caption, span_seconds, num_frames)
+
+    def require_null_fits(self, spans: Iterable[float | None], num_frames: int, length: int) -> None:
+        """Checks the unconditional text at every span.
+
+        Raises:
+            DataError: it has more than `length` tokens somewhere.
+        """
+        for span in spans:
+            need = len(self.encode_null(span, num_frames))
+            if need > length:
+                rate = "" if span is None else f" at {span:g} seconds (rate text, separator, null caption)"
+                raise DataError(
+                    f"the null text{rate} has {need} tokens, model.text_length is {length}. Raise model.text_length; "
+                    "with a model that is trained already, choose other generation.seconds or generation.levels"
+                )
 
     def pad(self, ids: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
         """Returns (text_BL int64, text_valid_BL bool), padded on the left to `length`.
@@ -231,7 +248,7 @@ def train_text_tokenizer(
         model_type: SentencePiece's "bpe" or "unigram" (bpe keeps whole words on corpora of few captions).
         byte_fallback: spell unknown characters as bytes; None = from 1024 pieces on.
         spans: seconds whose rate texts are part of the corpus.
-        replace: overwrite an existing folder.
+        replace: overwrite an existing text tokenizer.
 
     Raises:
         ConfigError: bad template or vocabulary size.
@@ -242,6 +259,8 @@ def train_text_tokenizer(
     out = Path(out)
     if out.exists() and not replace:
         raise DataError(f"{out} exists already; choose another folder or pass --force to replace it")
+    if replace:
+        require_replaceable(out, KIND)
     texts = list(_checked(captions))
     if not texts:
         raise DataError("there are no captions to train a text tokenizer on")
@@ -257,7 +276,7 @@ def train_text_tokenizer(
     )
     tokenizer = TextTokenizer(model, settings)
     report = _report(tokenizer, texts, rates, vocab_size)
-    with atomic_directory(out, replace=replace, holding="text.json") as folder:
+    with atomic_directory(out, KIND if replace else None) as folder:
         write_tokenizer(folder, model, settings)
         _write_json(folder / "report.json", report)
     return report
@@ -351,17 +370,3 @@ def _fingerprint(model: bytes, settings: TextSettings) -> str:
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}; is {path.parent} a text tokenizer folder (launch/train_tokenizer.py text)?"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); the file is damaged") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{path}: not a JSON object; the file is damaged")
-    return fields

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megacog import __version__
 from megacog.checkpoint.commit import on_rank_0
 from megacog.checkpoint.discovery import find_checkpoint
+from megacog.checkpoint.export import KIND as EXPORT
 from megacog.checkpoint.export import Export
 from megacog.checkpoint.manifest import Manifest
 from megacog.checkpoint.rng import seed_everything
@@ -36,7 +37,7 @@ from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.parallel.tensor import materialize
 from megacog.runtime import log as logs
-from megacog.runtime.files import atomic_file
+from megacog.runtime.files import atomic_file, require_replaceable
 from megacog.runtime.hardware import available_cores, describe_device, device_name, peak_tflops
 from megacog.runtime.ranks import Ranks, discover
 from megacog.runtime.signals import StopFlag
@@ -112,6 +113,8 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     config = resolve(config, tokenizers)
     data = on_rank_0(lambda: check_data(config, tokenizers.frames.fingerprint, tokenizers.text))
     run_dir = Path(config.train.run_dir)
+    if (run_dir / "export").exists():
+        require_replaceable(run_dir / "export", EXPORT)  # now, not when the run ends
     checkpoint = find_checkpoint(run_dir, config.train.resume)
     export = open_inherited(config) if checkpoint is None else None  # a resumed run has its own copy
     if export is not None:

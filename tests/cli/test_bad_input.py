@@ -264,6 +264,17 @@ def test_a_run_folder_that_cannot_be_made_is_named_before_training(
     assert_tells(outcome.message, f"{world / 'file'}.*choose another place")
 
 
+def test_an_export_folder_of_something_else_is_named_before_training(
+    command: Command, training: TrainingArguments, tmp_path: Path
+) -> None:
+    (tmp_path / "run/export").mkdir(parents=True)
+    (tmp_path / "run/export/manifest.json").write_text('{"name": "mine"}')
+    outcome = command("pretrain", *training(train__run_dir=str(tmp_path / "run")))
+    assert outcome.code == 1
+    assert_tells(outcome.message, "run/export holds no manifest.json of megacog-export.*not replaced")
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["export", "manifest.json"]
+
+
 def test_tokenizers_that_are_swapped_or_missing_are_named(
     command: Command, training: TrainingArguments, world: Path
 ) -> None:

@@ -86,7 +86,9 @@ def make_config(text_folder: Path, tmp_path: Path) -> Callable[..., Config]:
         return Config.model_validate(
             {
                 "model": {**model, **sections.get("model", {})},
-                "tokenizer": {"text": str(text_folder), "frames": "none"},
+                "tokenizer": {"text": str(text_folder), "frames": "none", **sections.get("tokenizer", {})},
+                "generation": sections.get("generation", {}),
+                "samples": sections.get("samples", {}),
                 "data": {**data, **sections.get("data", {})},
                 "train": {**train, **sections.get("train", {})},
             }

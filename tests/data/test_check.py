@@ -11,7 +11,7 @@ from megacog.config.schema import Config
 from megacog.data.check import check_data, rate_table
 from megacog.data.dataset import StageDataset, open_sources
 from megacog.errors import ConfigError, DataError
-from megacog.tokenizers.text import TextTokenizer
+from megacog.tokenizers.text import TextTokenizer, train_text_tokenizer
 
 Write = Callable[..., Path]
 Make = Callable[..., Config]
@@ -93,6 +93,44 @@ def test_the_rate_text_counts_in_the_length(write_clips: Write, make_config: Mak
     with pytest.raises(DataError, match=f"model.text_length {whole - 1}"):
         check_data(make_config([path], model={"text_length": whole - 1}, data=data))
     check_data(make_config([path], model={"text_length": caption}, data=data, train={"stage": "base"}))
+
+
+# The text tokenizer of these tests names frames per second: "1", or "7.5", which takes more tokens.
+LONG_RATES = {
+    "a series rate": {"data": {"rates": {"series": [1.0, 7.5], "interpolation": [2.0]}}},
+    "an interpolation rate": {"data": {"rates": {"series": [1.0], "interpolation": [7.5]}}},
+    "a stored rate": {"fps": 7.5},
+    "generation.seconds": {"generation": {"seconds": 3.2, "levels": 0}},
+    "an interpolated span": {"generation": {"seconds": 16.0, "levels": 2}, "data": {"caption_dropout": 0.0}},
+}
+
+
+@pytest.mark.parametrize("case", LONG_RATES)
+def test_the_null_text_must_fit_at_every_rate(
+    write_clips: Write, make_config: Make, tmp_path: Path, case: str
+) -> None:
+    train_text_tokenizer(["the digit 3 moves up"], tmp_path / "fps", 80, template="{fps}")
+    text = TextTokenizer.load(tmp_path / "fps")
+    room = len(text.encode_null(4.0))
+    assert len(text.encode_null(4 / 7.5)) > room
+    path = write_clips("a.h5", [("a", 40, LONG_RATES[case].get("fps", 8.0))], captions={"a": "up"})
+    fine = {
+        "tokenizer": {"text": str(tmp_path / "fps")},
+        "data": {"rates": {"series": [1.0], "interpolation": [2.0]}},
+        "generation": {"seconds": 4.0, "levels": 2, "guidance": 2.0},
+        "model": {"text_length": room},
+    }
+    check_data(make_config([write_clips("b.h5", [("b", 40, 8.0)], captions={"b": "up"})], **fine))
+    changed = {name: {**fine.get(name, {}), **section} for name, section in LONG_RATES[case].items() if name != "fps"}
+    with pytest.raises(DataError, match=rf"the null text at [\d.]+ seconds .* model.text_length is {room}. Raise"):
+        check_data(make_config([path], **{**fine, **changed}))
+
+
+def test_a_sample_prompt_that_is_too_long_is_an_error(write_clips: Write, make_config: Make) -> None:
+    path, samples = write_clips("a.h5", CLIPS), {"every": 5, "prompts": ["the digit 3 moves left " * 9]}
+    with pytest.raises(DataError, match="text 'the digit 3 moves left .*model.text_length"):
+        check_data(make_config([path], samples=samples))
+    check_data(make_config([path], samples={**samples, "every": 0}))
 
 
 def test_stored_tokens_outside_the_vocabulary_are_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,12 @@ def test_prompts_that_the_model_cannot_read_are_refused_before_sampling(export_p
     made = generator(export_path)
     with pytest.raises(DataError, match=r"more than the 20 that the model reads"):
         made.check(ClipRequest("the digit 3 moves right " * 9, 4.0, 1))
+
+
+def test_a_null_text_that_does_not_fit_is_found_before_sampling(export_path: Path) -> None:
+    guided, plain = generator(export_path, interpolation_guidance=2.0), generator(export_path)
+    for made in (guided, plain):
+        made.text.settings = replace(made.text.settings, null_caption="the digit 3 moves " * 9)
+    plain.check(request(3, 4.0))
+    with pytest.raises(DataError, match="the null text .* model.text_length is 20"):
+        guided.check(request(3, 4.0))

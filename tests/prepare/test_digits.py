@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -158,6 +159,21 @@ def test_corpus_folder_holds_what_its_tables_say(tmp_path: Path) -> None:
         stored = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     error = ((stored.astype(np.float64) - render(clip)) ** 2).mean()
     assert 10 * np.log10(255**2 / error) > 42
+
+
+def test_force_replaces_only_a_corpus_even_an_incomplete_one(tmp_path: Path) -> None:
+    mine, corpus = tmp_path / "mine", tmp_path / "digits"
+    (mine / "train").mkdir(parents=True)
+    (mine / "train" / "captions.csv").write_text("mine")
+    few = ["--clips", "1", "--heldout-clips", "1", "--force"]
+    with pytest.raises(EnvError, match="mine holds no digits.json .* not replaced"):
+        main([str(mine), *few])
+    assert (mine / "train" / "captions.csv").read_text() == "mine"
+    main([str(corpus), *few])
+    shutil.rmtree(corpus / "heldout")
+    main([str(corpus), *few])
+    assert (corpus / "heldout" / "captions.csv").is_file()
+    assert json.loads((corpus / "digits.json").read_text())["clips"] == 1
 
 
 def test_corpus_is_not_overwritten_without_force(tmp_path: Path) -> None:

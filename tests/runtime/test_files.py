@@ -12,6 +12,7 @@ import pytest
 
 from megacog.errors import EnvError
 from megacog.runtime.files import (
+    FolderKind,
     atomic_directory,
     atomic_file,
     crc32_file,
@@ -102,18 +103,35 @@ def test_an_existing_directory_is_refused_before_any_work_is_done(tmp_path: Path
     assert names(tmp_path) == ["export"]
 
 
+KIND = FolderKind("kind.json", "ours")
+
+
+def make_old(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "old").write_text("")
+    (folder / "kind.json").write_text('{"format": "ours"}')
+
+
+@pytest.mark.parametrize("content", ['{"format": "theirs"}', '{"name": "x"}', "[]", '"ours"', '{"format": "ou'])
+def test_a_file_of_the_same_name_does_not_make_a_folder_ours(tmp_path: Path, content: str) -> None:
+    make_old(tmp_path / "theirs")
+    (tmp_path / "theirs" / "kind.json").write_text(content)
+    with pytest.raises(EnvError, match="holds no kind.json of ours"):
+        with atomic_directory(tmp_path / "theirs", replace=KIND):
+            pytest.fail("the block must not run")
+    assert names(tmp_path / "theirs") == ["kind.json", "old"]
+
+
 def test_replace_swaps_the_directory_and_removes_the_old_one(tmp_path: Path) -> None:
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "old").write_text("")
-    with atomic_directory(tmp_path / "export", replace=True) as folder:
+    make_old(tmp_path / "export")
+    with atomic_directory(tmp_path / "export", replace=KIND) as folder:
         (folder / "new").write_text("")
     assert names(tmp_path / "export") == ["new"]
     assert names(tmp_path) == ["export"]
 
 
 def test_a_failed_replacement_keeps_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "old").write_text("")
+    make_old(tmp_path / "export")
     rename = os.rename
 
     def full(source: Path, target: Path) -> None:
@@ -123,9 +141,9 @@ def test_a_failed_replacement_keeps_the_old_directory(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "rename", full)
     with pytest.raises(EnvError, match="export"):
-        with atomic_directory(tmp_path / "export", replace=True) as folder:
+        with atomic_directory(tmp_path / "export", replace=KIND) as folder:
             (folder / "new").write_text("")
-    assert names(tmp_path / "export") == ["old"]
+    assert names(tmp_path / "export") == ["kind.json", "old"]
     assert names(tmp_path) == ["export"]
 
 
@@ -134,10 +152,7 @@ def test_replacing_spares_files_and_folders_of_other_things(tmp_path: Path) -> N
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/a.mp4").write_text("mine")
     for name, message in (("file", "is a file"), ("videos", "holds no kind.json"), ("file/below", "file is a file")):
-        with (
-            pytest.raises(EnvError, match=message),
-            atomic_directory(tmp_path / name, replace=True, holding="kind.json"),
-        ):
+        with pytest.raises(EnvError, match=message), atomic_directory(tmp_path / name, replace=KIND):
             pytest.fail("the block must not run")
     assert (tmp_path / "file").read_text() == "mine" and names(tmp_path / "videos") == ["a.mp4"]
     assert names(tmp_path) == ["file", "videos"]
