@@ -101,8 +101,8 @@ def test_speed_is_independent_of_length() -> None:
     assert {clip.motion.num_frames for clip in clips} == {10, 18, 34}
     for num_frames in (10, 18, 34):
         speeds = [clip.motion.speed for clip in clips if clip.motion.num_frames == num_frames]
-        assert speeds.count(2.0) / len(speeds) == pytest.approx(0.25, abs=0.12)
-        assert set(speeds) == {2.0, 4.0}
+        assert speeds.count(3.0) / len(speeds) == pytest.approx(0.25, abs=0.12)
+        assert set(speeds) == {3.0, 4.0}
 
 
 def test_captions_take_turns_and_name_what_is_drawn() -> None:
