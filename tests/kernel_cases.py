@@ -25,10 +25,11 @@ spaces = st.one_of(
 
 
 @st.composite
-def masks(draw: st.DrawFn, max_frames: int = 6) -> tuple[MaskSpec, VideoGrid]:
+def masks(draw: st.DrawFn, max_frames: int = 6, max_tokens: int = 120) -> tuple[MaskSpec, VideoGrid]:
     """A random order table and space on a small grid."""
     frames = draw(st.integers(1, max_frames))
     level = tuple(draw(st.integers(0, 3)) for _ in range(frames))
     is_open = tuple(draw(st.booleans()) for _ in range(frames))
-    grid = VideoGrid(frames, draw(st.integers(1, 4)), draw(st.integers(1, 5)))
+    height = draw(st.integers(1, min(4, max_tokens // frames)))
+    grid = VideoGrid(frames, height, draw(st.integers(1, min(5, max_tokens // (frames * height)))))
     return MaskSpec(Order(level, is_open), draw(spaces)), grid
