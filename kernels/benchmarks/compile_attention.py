@@ -1,8 +1,9 @@
-"""Compiles attention kernels ahead of time, without a GPU, and prints registers, spills and shared memory.
+"""Compiles attention kernels ahead of time, without a GPU, and prints registers and shared memory (docs/kernels.md).
 
     python kernels/benchmarks/compile_attention.py [--arch 80 90 100] [--match TEXT] [--json]
 
-Runs with the Triton that is imported; put another one first on PYTHONPATH to look at that one.
+Exits with 1 when a kernel spills, lacks wgmma on sm_90, or takes more than its configuration claims. Runs with
+the Triton that is imported; put another one first on PYTHONPATH to look at that one.
 """
 
 from __future__ import annotations
@@ -12,18 +13,17 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from megacog_kernels.attention.calls import Call, Inputs, backward_key_call, backward_query_call, forward_call
 from megacog_kernels.attention.configurations import configurations
@@ -43,6 +43,9 @@ MASKS = {
     "local, mixed": MaskSpec(MIXED, Space("local3d", (9, 9))),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TARGETS = ((80, "bf16"), (90, "bf16"), (90, "fp16"), (100, "bf16"))
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+"""Bytes of one multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Figures:
     mask: str
     tiles: str
     warps: int
+    resident: int
     registers: int
     stack: int
     shared: int
@@ -76,12 +80,13 @@ def inputs(mask: MaskSpec, dtype: torch.dtype, head_dim: int) -> Inputs:
     return Inputs(q, k, v, text_k, text_v, valid, mask, grid, head_dim**-0.5)
 
 
-def calls(mask: MaskSpec, dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Call]]:
+def calls(mask: MaskSpec, dtype: torch.dtype, head_dim: int, arch: int) -> Iterator[tuple[str, Call]]:
     """Every launch of a forward and a backward pass."""
     given = inputs(mask, dtype, head_dim)
     out = torch.empty(given.q.shape, dtype=dtype, device="meta")
     lse = torch.empty(1, given.q.shape[2], given.q.shape[1], device="meta")
-    chosen = configurations(head_dim, dtype, mask.space.kind == "full" and mask.order != MIXED)
+    dense = mask.space.kind == "full" and mask.order != MIXED
+    chosen = configurations(head_dim, dtype, dense, arch // 10)
     yield "forward", forward_call(given, out, lse, chosen.forward)
     yield "grad q", backward_query_call(given, out, out, lse, lse, out, chosen.query)
     yield "grad k, v", backward_key_call(given, out, lse, lse, out, out, chosen.key, text=False)
@@ -90,6 +95,10 @@ def calls(mask: MaskSpec, dtype: torch.dtype, head_dim: int) -> Iterator[tuple[s
 
 def compiled(call: Call, arch: int) -> Any:
     """The call's kernel for one architecture, with the alignment that real tensors have."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     signature: dict[str, str] = {}
     divisible: dict[tuple[int], list] = {}
     for index, name in enumerate(call.kernel.arg_names):
@@ -111,7 +120,7 @@ def figures(job: tuple[int, str, int, str], only: str = "") -> list[Figures]:
     """Figures of all kernels of one architecture, dtype, head dim and mask."""
     arch, dtype, head_dim, mask = job
     rows = []
-    for name, call in calls(MASKS[mask], DTYPES[dtype], head_dim):
+    for name, call in calls(MASKS[mask], DTYPES[dtype], head_dim, arch):
         repeated = name == "grad text k, v" and mask not in ("full", "window")  # the mask plays no part
         if repeated or only not in f"{name} {mask} {dtype} d{head_dim}":
             continue
@@ -120,7 +129,7 @@ def figures(job: tuple[int, str, int, str], only: str = "") -> list[Figures]:
         rows.append(
             Figures(
                 arch, dtype, head_dim, name, mask, f"{cut.tile_q}x{cut.tile_k}", cut.num_warps,
-                registers, stack, kernel.metadata.shared, kernel.asm["ptx"].count("wgmma.mma_async"),
+                cut.resident, registers, stack, kernel.metadata.shared, kernel.asm["ptx"].count("wgmma.mma_async"),
             )
         )  # fmt: skip
     return rows
@@ -128,6 +137,8 @@ def figures(job: tuple[int, str, int, str], only: str = "") -> list[Figures]:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of stack."""
+    import triton
+
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -138,19 +149,56 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main() -> None:
+def faults(row: Figures) -> list[str]:
+    """What breaks the rules of docs/kernels.md."""
+    found = []
+    if row.stack:
+        found.append(f"spills ({row.stack} bytes of stack)")
+    if row.arch == 90 and row.wgmma == 0:
+        found.append("no wgmma")
+    if row.registers * row.warps * 32 * row.resident > 65536:
+        found.append(f"registers for less than {row.resident} programs per multiprocessor")
+    if row.resident * (row.shared + 1024) > SHARED_MEMORY[row.arch]:
+        found.append(f"shared memory for less than {row.resident} programs per multiprocessor")
+    return [f"{row.kernel}, {row.mask}, d{row.head_dim}, {row.dtype}, sm_{row.arch}: {fault}" for fault in found]
+
+
+def table(rows: list[Figures]) -> str:
+    """Tiles, warps, resident programs: registers and shared memory (KiB), as Markdown, a line per kernel."""
+    columns = [f"sm_{arch} {dtype}" for arch, dtype in TARGETS]
+    lines = [
+        f"| kernel | mask | d | {' | '.join(columns)} |",
+        f"|---|---|---|{'---|' * len(columns)}",
+    ]
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        head = f"{row.kernel} | {row.mask} | {row.head_dim}"
+        cell = f"{row.tiles} w{row.warps} x{row.resident}: {row.registers}, {row.shared / 1024:.0f} K"
+        cell += f", **stack {row.stack}**" if row.stack else ""
+        cells.setdefault(head, {})[f"sm_{row.arch} {row.dtype}"] = cell
+    lines += [f"| {head} | {' | '.join(by.get(column, '') for column in columns)} |" for head, by in cells.items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--match", default="", help="part of 'kernel mask dtype dHEAD_DIM'")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     args = parser.parse_args()
-    jobs = [(a, t, d, m) for a in args.arch for t in DTYPES for d in (64, 128) for m in MASKS]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for rows in pool.map(partial(figures, only=args.match), jobs):
-            for row in rows:
-                text = " ".join(f"{name}={value}" for name, value in asdict(row).items())
-                print(json.dumps(asdict(row)) if args.json else text, flush=True)
+    jobs = [(arch, dtype, d, mask) for arch, dtype in TARGETS if arch in args.arch for d in (64, 128) for mask in MASKS]
+    rows = []
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        for part in pool.map(partial(figures, only=args.match), jobs):
+            rows += part
+            for row in part if args.json else []:
+                print(json.dumps(asdict(row)), flush=True)
+    if not args.json:
+        print(table(rows))
+    found = [fault for row in rows for fault in faults(row)]
+    print("\n".join(found), file=sys.stderr)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

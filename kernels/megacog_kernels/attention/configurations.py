@@ -21,7 +21,7 @@ class Configuration:
     num_warps: int
     num_stages: int
     resident: int
-    """Programs that fit on one multiprocessor of Hopper at once: a limit on registers."""
+    """Programs that fit on one multiprocessor at once: a limit on registers."""
 
     @property
     def max_registers(self) -> int:
@@ -60,16 +60,33 @@ _BOTH_128 = Configurations(
     query=Configuration(128, 64, 8, 2, resident=1),
     key=Configuration(32, 128, 8, 2, resident=1),
 )
+# Without wgmma, operands pass through registers: smaller tiles, and fewer resident programs.
+_AMPERE_64 = Configurations(
+    forward=Configuration(64, 64, 4, 2, resident=3),
+    query=Configuration(64, 64, 4, 2, resident=2),
+    key=Configuration(64, 64, 4, 2, resident=2),
+)
+_AMPERE_128 = Configurations(
+    forward=Configuration(128, 64, 8, 2, resident=1),
+    query=Configuration(128, 32, 8, 2, resident=1),
+    key=Configuration(32, 64, 8, 2, resident=1),
+)
 _FLOAT32 = Configurations(*[Configuration(32, 32, 4, 1, resident=1)] * 3)
 
 
-def configurations(head_dim: int, dtype: torch.dtype, dense: bool) -> Configurations:
-    """What a call with this head dim and dtype uses; `dense`: full space, simple order.
+def configurations(head_dim: int, dtype: torch.dtype, dense: bool, capability: int) -> Configurations:
+    """What a call with this head dim and dtype uses.
 
-    Sparse masks take smaller query tiles, because fewer of their pairs are wasted.
+    Args:
+        head_dim, dtype: Of q.
+        dense: Full space in simple order. Sparse masks take smaller query tiles, because fewer of their
+            pairs are wasted.
+        capability: Major compute capability of the device.
     """
     if dtype == torch.float32:
         return _FLOAT32
+    if capability < 9:
+        return _AMPERE_128 if head_dim == 128 else _AMPERE_64
     if head_dim == 128:
         return _BOTH_128
     return _DENSE_64 if dense else _SPARSE_64

@@ -219,7 +219,8 @@ def _prepare(
     mask, grid = _decode(code) if code else text_rows(q.shape[1])
     dense = bool(code) and mask.space.kind == "full" and positions(mask.order).simple
     inputs = Inputs(q, k, v, text_k, text_v, text_valid, mask, grid, scale)
-    return inputs, configurations(q.shape[3], q.dtype, dense)
+    capability = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
+    return inputs, configurations(q.shape[3], q.dtype, dense, capability)
 
 
 @torch.library.custom_op("megacog::attend", mutates_args=())
