@@ -71,6 +71,12 @@ _AMPERE_128 = Configurations(
     query=Configuration(128, 32, 8, 2, resident=1),
     key=Configuration(32, 64, 8, 2, resident=1),
 )
+# Triton 3.9 keeps more of the forward pass in registers on Blackwell.
+_BLACKWELL_64 = Configurations(
+    forward=Configuration(64, 64, 4, 2, resident=2),
+    query=Configuration(64, 64, 4, 2, resident=2),
+    key=Configuration(64, 64, 4, 2, resident=2),
+)
 _FLOAT32 = Configurations(*[Configuration(32, 32, 4, 1, resident=1)] * 3)
 
 
@@ -89,4 +95,6 @@ def configurations(head_dim: int, dtype: torch.dtype, dense: bool, capability: i
         return _AMPERE_128 if head_dim == 128 else _AMPERE_64
     if head_dim == 128:
         return _BOTH_128
+    if capability > 9:
+        return _BLACKWELL_64
     return _DENSE_64 if dense else _SPARSE_64
