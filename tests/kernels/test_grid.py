@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from kernel_cases import masks
 
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, dense_mask, visible_keys
 
@@ -60,33 +60,6 @@ def need(cell: int) -> int:
 @pytest.mark.parametrize(("cell", "latest"), [(0, 189), (10, 199), (100, 284), (115, 299), (200, 389), (210, 399)])
 def test_dependence_between_frames_matches_the_release(cell: int, latest: int) -> None:
     assert need(cell) == latest
-
-
-spaces = st.one_of(
-    st.just(Space()),
-    st.just(Space("frame")),
-    st.builds(
-        lambda h, w, t: Space("local3d", (h, w), t),
-        st.sampled_from([1, 3, 5]),
-        st.sampled_from([1, 3, 5]),
-        st.one_of(st.none(), st.integers(1, 3)),
-    ),
-    st.builds(
-        lambda h, w, s: Space("shifted_window", (h, w), shift=(s % h, s % w)),
-        st.integers(1, 4),
-        st.integers(1, 4),
-        st.integers(0, 3),
-    ),
-)
-
-
-@st.composite
-def masks(draw: st.DrawFn) -> tuple[MaskSpec, VideoGrid]:
-    frames = draw(st.integers(1, 6))
-    level = tuple(draw(st.integers(0, 3)) for _ in range(frames))
-    is_open = tuple(draw(st.booleans()) for _ in range(frames))
-    grid = VideoGrid(frames, draw(st.integers(1, 4)), draw(st.integers(1, 5)))
-    return MaskSpec(Order(level, is_open), draw(spaces)), grid
 
 
 def scalar_rule(mask: MaskSpec, grid: VideoGrid, f: int, p: int, g: int, q: int) -> bool:

@@ -62,6 +62,34 @@ def video_attention(
     return torch.cat(outputs, dim=1)
 
 
+def grouped_attention(
+    q_BFND: Tensor, k_BFMD: Tensor, v_BFMD: Tensor, text_k_BLMD: Tensor, text_v_BLMD: Tensor, text_valid_BL: Tensor,
+    mask: MaskSpec, grid: VideoGrid, text_q_BLND: Tensor | None, scale: float, return_lse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """`video_attention` and `text_attention` with N / M query heads per key head and a scale of the scores.
+
+    Returns:
+        Frames [B, F, N, D]; text [B, L, N, D] if text_q is given; log-sum-exp fp32 [B, N, F] if asked for.
+    """
+    group = q_BFND.shape[2] // k_BFMD.shape[2]
+    k, v, text_k, text_v = (
+        part.repeat_interleave(group, dim=2) for part in (k_BFMD, v_BFMD, text_k_BLMD, text_v_BLMD)
+    )
+    factor = scale * q_BFND.shape[3] ** 0.5  # the functions below scale by 1 / sqrt(D)
+    q = q_BFND if factor == 1 else q_BFND * factor
+    frames = video_attention(q, k, v, text_k, text_v, text_valid_BL, mask, grid)
+    text = None if text_q_BLND is None else text_attention(text_q_BLND * factor, text_k, text_v, text_valid_BL)
+    lse = _log_sum_exp(q, torch.cat([text_k, k], dim=1), text_valid_BL, mask, grid) if return_lse else None
+    return frames, text, lse
+
+
+def _log_sum_exp(q_BFND: Tensor, k_BKND: Tensor, text_valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid) -> Tensor:
+    with torch.no_grad():
+        allowed_BFK = _join(text_valid_BL, _dense_mask(mask, grid, q_BFND.device))
+        scores_BNFK = torch.einsum("bfnd,bknd->bnfk", q_BFND.float(), k_BKND.float()) * q_BFND.shape[3] ** -0.5
+        return scores_BNFK.masked_fill(~allowed_BFK[:, None], float("-inf")).logsumexp(dim=-1)
+
+
 def cached_attention(
     q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor | None
 ) -> Tensor:
@@ -69,10 +97,22 @@ def cached_attention(
     return _attend(q_BRND, k_BKND, v_BKND, allowed_BRK)
 
 
-def _join(text_valid_BL: Tensor, allowed_PK: Tensor) -> Tensor:
-    """The mask of text and frame keys together: bool [B, P, L + K]."""
-    B, P = len(text_valid_BL), len(allowed_PK)
-    return torch.cat([text_valid_BL[:, None].expand(B, P, -1), allowed_PK.expand(B, -1, -1)], dim=2)
+def masked_decode(
+    q_BRND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, text_valid_BL: Tensor, tokens_BR: Tensor,
+    mask: MaskSpec, grid: VideoGrid, scale: float,
+) -> Tensor:  # fmt: skip
+    """New tokens against buffers of text and frame slots, S = L + F, masked by the rule: [B, R, N, D]."""
+    group = q_BRND.shape[2] // k_BSMD.shape[2]
+    frames_BRF = _dense_mask(mask, grid, q_BRND.device)[tokens_BR.long()]
+    text_BRL = text_valid_BL[:, None, :].expand(-1, frames_BRF.shape[1], -1)
+    k, v = k_BSMD.repeat_interleave(group, dim=2), v_BSMD.repeat_interleave(group, dim=2)
+    return _attend(q_BRND * (scale * q_BRND.shape[3] ** 0.5), k, v, torch.cat([text_BRL, frames_BRF], dim=2))
+
+
+def _join(text_valid_BL: Tensor, allowed_RK: Tensor) -> Tensor:
+    """The mask of text and frame keys together: bool [B, R, L + K]."""
+    B, R = len(text_valid_BL), len(allowed_RK)
+    return torch.cat([text_valid_BL[:, None].expand(B, R, -1), allowed_RK.expand(B, -1, -1)], dim=2)
 
 
 def _attend(q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor | None) -> Tensor:
@@ -81,6 +121,11 @@ def _attend(q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor 
         q_BRND.transpose(1, 2), k_BKND.transpose(1, 2), v_BKND.transpose(1, 2), attn_mask=mask
     )
     return out_BNRD.transpose(1, 2)
+
+
+@lru_cache(maxsize=64)
+def _dense_mask(mask: MaskSpec, grid: VideoGrid, device: torch.device) -> Tensor:
+    return torch.from_numpy(dense_mask(mask, grid).copy()).to(device)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,207 @@
+"""Arguments of the attention kernels from tensors and plans: to run them, or to compile them ahead of time.
+
+Legend: B batch, R query rows, F frame rows, L text length, N heads, M key heads (N / group), D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacog_kernels.attention.backward import attention_backward_key, attention_backward_query
+from megacog_kernels.attention.configurations import Configuration, Configurations
+from megacog_kernels.attention.forward import attention_forward
+from megacog_kernels.attention.tables import Tables, tables
+from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch of one kernel."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    programs: int
+    configuration: Configuration
+
+    def run(self) -> None:
+        """Launch it; nothing to do without programs."""
+        if self.programs > 0:
+            self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.configuration.options)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a query attends to. Without frame keys the queries are text rows, which see the text only."""
+
+    q: Tensor
+    """[B, R, N, D]."""
+    frame_k: Tensor | None
+    """[B, F, M, D]."""
+    frame_v: Tensor | None
+    text_k: Tensor
+    """[B, L, M, D], L may be 0."""
+    text_v: Tensor
+    text_valid: Tensor
+    """bool [B, L], contiguous."""
+    mask: MaskSpec
+    grid: VideoGrid
+    scale: float
+
+    def tables(self, configuration: Configuration) -> Tables:
+        """The plan for these tile sizes on the device of q."""
+        return tables(self.mask, self.grid, configuration.tile_q, configuration.tile_k, self.q.device)
+
+
+def text_rows(length: int) -> tuple[MaskSpec, VideoGrid]:
+    """A mask and grid whose query tiles are `length` rows in order: for text queries."""
+    return MaskSpec(Order((0,), (True,)), Space()), VideoGrid(1, 1, length)
+
+
+def forward_call(inputs: Inputs, out: Tensor, lse: Tensor, configuration: Configuration) -> Call:
+    """Fills out [B, R, N, D] and lse fp32 [B, N, R] (log2-sum-exp2)."""
+    table = inputs.tables(configuration)
+    arguments = _query_side(inputs, table) | _tensors(out=out) | {"lse": lse}
+    return _call(attention_forward, inputs, table, configuration, arguments, by_key=False)
+
+
+def backward_query_call(
+    inputs: Inputs,
+    out: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_q: Tensor | None,
+    configuration: Configuration,
+) -> Call:
+    """Fills delta fp32 [B, N, R], and grad_q [B, R, N, D] unless None."""
+    table = inputs.tables(configuration)
+    arguments = _query_side(inputs, table) | {"lse": lse, "delta": delta, "softmax_scale": inputs.scale}
+    arguments |= _tensors(out=out, grad_out=grad_out, grad_q=out if grad_q is None else grad_q)
+    call = _call(attention_backward_query, inputs, table, configuration, arguments, by_key=False)
+    call.constants["GRAD_Q"] = grad_q is not None
+    return call
+
+
+def backward_key_call(
+    inputs: Inputs,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    configuration: Configuration,
+    text: bool,
+) -> Call:
+    """Fills the gradients of the text's or of the frames' keys and values."""
+    table = inputs.tables(configuration)
+    k, v = (inputs.text_k, inputs.text_v) if text else (inputs.frame_k, inputs.frame_v)
+    assert k is not None and v is not None
+    key_tiles = -(-k.shape[1] // configuration.tile_k) if text else len(table.plan.key.count)
+    arguments = _tensors(q=inputs.q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v) | table.by_key
+    arguments |= {"text_valid": inputs.text_valid.view(torch.uint8), "lse": lse, "delta": delta}
+    arguments |= {"key_rows": table.key_rows, "key_count": table.key_count, "softmax_scale": inputs.scale}
+    arguments |= {"query_rows": table.query_rows, "query_count": table.query_count, "words": table.words}
+    arguments |= {"key_words": table.key_words, "key_tiles": key_tiles, "key_heads": k.shape[2]}
+    arguments |= {"keys_total": k.shape[1]}
+    call = _call(attention_backward_key, inputs, table, configuration, arguments, by_key=True)
+    call.constants["TEXT"] = text
+    return call
+
+
+def _query_side(inputs: Inputs, table: Tables) -> dict[str, Any]:
+    frame_k = inputs.text_k if inputs.frame_k is None else inputs.frame_k
+    frame_v = inputs.text_v if inputs.frame_v is None else inputs.frame_v
+    arguments = _tensors(q=inputs.q, k=frame_k, v=frame_v, text_k=inputs.text_k, text_v=inputs.text_v) | table.by_query
+    arguments |= {"text_valid": inputs.text_valid.view(torch.uint8), "text_length": inputs.text_k.shape[1]}
+    arguments |= {"query_rows": table.query_rows, "query_count": table.query_count, "words": table.words}
+    arguments |= {"key_rows": table.key_rows, "key_words": table.key_words, "key_tokens": frame_k.shape[1]}
+    return arguments | {"heads": inputs.q.shape[2]}
+
+
+def _call(
+    kernel: Any, inputs: Inputs, table: Tables, configuration: Configuration, arguments: dict[str, Any], by_key: bool
+) -> Call:
+    B, R, N, D = inputs.q.shape
+    plan, box = table.plan, table.plan.box
+    query_tiles = len(plan.query.count)
+    arguments |= {"scale": inputs.scale * LOG2_E, "rows_total": R, "query_tiles": query_tiles}
+    group = N // inputs.text_k.shape[2]
+    arguments |= {"box_constant": box.constant if box else 0, "box_guards": box.guards if box else 0}
+    constants = {"HEAD_DIM": D, "TILE_Q": configuration.tile_q, "TILE_K": configuration.tile_k}
+    constants |= {"CONTIGUOUS": table.contiguous, "BOX": box is not None, "SIMPLE": plan.simple}
+    if by_key:
+        constants["GROUP"] = group
+        programs = arguments["key_tiles"] * arguments["key_heads"] * B
+    else:
+        arguments["group"] = group
+        constants["FRAMES"] = inputs.frame_k is not None
+        programs = query_tiles * N * B
+    return Call(kernel, arguments, constants, programs, configuration)
+
+
+def _tensors(**named: Tensor) -> dict[str, Any]:
+    """Tensors [B, rows, heads, D] and their strides, by the names of the kernels' arguments."""
+    arguments: dict[str, Any] = {}
+    for name, tensor in named.items():
+        span = tensor.shape[1] * abs(tensor.stride(1))
+        if span >= 2**31:
+            raise ValueError(f"{name} {tuple(tensor.shape)} spans {span} elements per sample, the kernels reach 2^31")
+        arguments |= {name: tensor, f"{name}_batch": tensor.stride(0), f"{name}_row": tensor.stride(1)}
+        arguments[f"{name}_head"] = tensor.stride(2)
+    return arguments
+
+
+def run_forward(inputs: Inputs, chosen: Configurations) -> tuple[Tensor, Tensor]:
+    """out [B, R, N, D] in the dtype of q, and log2-sum-exp2 fp32 [B, N, R]."""
+    B, R, N, D = inputs.q.shape
+    out = inputs.q.new_empty(B, R, N, D)
+    lse = inputs.q.new_empty(B, N, R, dtype=torch.float32)
+    forward_call(inputs, out, lse, chosen.forward).run()
+    return out, lse
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Which gradients a backward pass has to make."""
+
+    q: bool = True
+    frames: bool = True
+    text: bool = True
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """None where not needed."""
+
+    q: Tensor | None
+    frame_k: Tensor | None
+    frame_v: Tensor | None
+    text_k: Tensor | None
+    text_v: Tensor | None
+
+
+def run_backward(
+    inputs: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, needed: Needed, chosen: Configurations
+) -> Gradients:
+    """The needed gradients, in the dtypes of their tensors."""
+
+    def empty(like: Tensor | None, wanted: bool) -> Tensor | None:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device) if wanted and like is not None else None
+
+    delta = torch.empty_like(lse)
+    grad_q = empty(inputs.q, needed.q)
+    backward_query_call(inputs, out, grad_out, lse, delta, grad_q, chosen.query).run()
+    frame_k, frame_v = empty(inputs.frame_k, needed.frames), empty(inputs.frame_v, needed.frames)
+    text_k, text_v = empty(inputs.text_k, needed.text), empty(inputs.text_v, needed.text)
+    for text, grad_k, grad_v in ((True, text_k, text_v), (False, frame_k, frame_v)):
+        if grad_k is not None and grad_v is not None:
+            backward_key_call(inputs, grad_out, lse, delta, grad_k, grad_v, chosen.key, text).run()
+    return Gradients(grad_q, frame_k, frame_v, text_k, text_v)

@@ -1,0 +1,300 @@
+"""Public attention over text + video grids, for eager and compiled models, with gradients.
+
+Legend: B batch, L text length, T frames, P cells of a frame, F = T * P, N heads, M key/value heads
+(a divisor of N), D head dim, R query rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from megacog_kernels.attention.dispatch import Implementation, choose
+from megacog_kernels.attention.reference import grouped_attention, masked_decode
+from megacog_kernels.grid import MaskSpec, Order, Space, SpaceKind, VideoGrid
+
+_KINDS = get_args(SpaceKind)
+
+
+class AttentionOutput(NamedTuple):
+    """What `attention` returns; None where not asked for."""
+
+    frames: Tensor
+    """[B, F, N, D]."""
+    text: Tensor | None
+    """[B, L, N, D], of text_q."""
+    lse: Tensor | None
+    """fp32 [B, N, F]: log-sum-exp of the scaled scores of every frame query, without gradient."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: MaskSpec,
+    grid: VideoGrid,
+    *,
+    text_k: Tensor | None = None,
+    text_v: Tensor | None = None,
+    text_valid: Tensor | None = None,
+    text_q: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation = "auto",
+) -> AttentionOutput:
+    """One softmax of every frame query over the valid text keys and the frame keys that the mask shows it.
+
+    Gradients are bitwise the same in every run; only those that are needed are computed.
+
+    Args:
+        q: [B, F, N, D], F = grid.tokens in frame-major raster order. As all of q, k, v and text: any
+            strides with channels adjacent, such as thirds of a fused projection.
+        k, v: [B, F, M, D].
+        mask, grid: The rule of `megacog_kernels.grid`.
+        text_k, text_v: [B, L, M, D]; None = no text.
+        text_valid: bool [B, L], False on padding; None = all valid.
+        text_q: [B, L, N, D], queries of the text, which see the valid text keys only; None = frame
+            queries only.
+        scale: Factor of the scores; None = 1 / sqrt(D).
+        return_lse: Also the log-sum-exp.
+        implementation: `auto` runs Triton where it can; `triton` insists on it.
+
+    Raises:
+        ValueError: An argument does not fit, by name and shape, or Triton cannot run as asked.
+    """
+    if text_k is None and text_v is None and text_q is None:
+        text_k = text_v = k[:, :0]
+    if text_k is None or text_v is None:
+        raise ValueError("text_k and text_v go together, and text_q needs both")
+    if text_valid is None:
+        text_valid = torch.ones(text_k.shape[:2], dtype=torch.bool, device=text_k.device)
+    _check(q, k, v, mask, grid, text_k, text_v, text_valid, text_q)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if choose(implementation, q.device, q.dtype, q.shape[-1]) == "reference":
+        out, text, lse = grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, text_q, scale, return_lse)
+        return AttentionOutput(out, text, lse)
+    _check_strides(q=q, k=k, v=v, text_k=text_k, text_v=text_v, text_q=text_q)
+    text_valid = text_valid.contiguous()
+    out, lse2 = torch.ops.megacog.attend(q, k, v, text_k, text_v, text_valid, _encode(mask, grid), scale)
+    text = None
+    if text_q is not None:
+        text = torch.ops.megacog.attend(text_q, None, None, text_k, text_v, text_valid, [], scale)[0]
+    return AttentionOutput(out, text, lse2.detach() * math.log(2) if return_lse else None)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor,
+    tokens: Tensor,
+    mask: MaskSpec,
+    grid: VideoGrid,
+    *,
+    scale: float | None = None,
+    splits: int = 8,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """Attention of a few new tokens over static buffers that hold the text, then a slot per frame token.
+
+    The new tokens' own keys and values are in the buffers already. Nothing depends on the values of
+    `tokens` on the host, so a call can be captured in a CUDA graph. No gradients.
+
+    Args:
+        q: [B, R, N, D].
+        k, v: [B, L + F, M, D], any strides with channels adjacent.
+        text_valid: bool [B, L], L may be 0.
+        tokens: int32 [B, R] on the device of q: frame * P + cell of every row of q.
+        mask, grid: The rule of `megacog_kernels.grid`.
+        scale: Factor of the scores; None = 1 / sqrt(D).
+        splits: Programs that share the keys of one token and head, a power of 2.
+
+    Returns:
+        [B, R, N, D].
+
+    Raises:
+        ValueError: An argument does not fit, by name and shape, or Triton cannot run as asked.
+    """
+    _check_decode(q, k, v, text_valid, tokens, grid, splits)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if choose(implementation, q.device, q.dtype, q.shape[-1]) == "reference":
+        return masked_decode(q, k, v, text_valid, tokens, mask, grid, scale)
+    from megacog_kernels.attention.decode import decode
+
+    _check_strides(q=q, k=k, v=v)
+    return decode(q, k, v, text_valid.contiguous(), tokens, mask, grid, scale, splits)
+
+
+def _check_decode(
+    q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor, tokens: Tensor, grid: VideoGrid, splits: int
+) -> None:
+    if q.dim() != 4 or text_valid.dim() != 2:
+        raise ValueError(f"q {tuple(q.shape)} is not [B, R, N, D], or text_valid {tuple(text_valid.shape)} not [B, L]")
+    B, R, N, D = q.shape
+    M = k.shape[2] if k.dim() == 4 else 0
+    if M == 0 or N % M:
+        raise ValueError(f"k {tuple(k.shape)} has {M} heads, which do not divide the {N} heads of q {tuple(q.shape)}")
+    buffer = (B, text_valid.shape[1] + grid.tokens, M, D)
+    for name, tensor, shape, dtype in (
+        ("k", k, buffer, q.dtype),
+        ("v", v, buffer, q.dtype),
+        ("text_valid", text_valid, (B, text_valid.shape[1]), torch.bool),
+        ("tokens", tokens, (B, R), torch.int32),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != q.device:
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name} is {got}; {shape} {dtype} on {q.device} fits q {tuple(q.shape)} and {grid}")
+    if splits < 1 or splits & (splits - 1):
+        raise ValueError(f"splits is {splits}, not a power of 2")
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, grid: VideoGrid, text_k: Tensor, text_v: Tensor,
+    text_valid: Tensor, text_q: Tensor | None,
+) -> None:  # fmt: skip
+    if q.dim() != 4:
+        raise ValueError(f"q {tuple(q.shape)} is not [B, F, N, D]")
+    if grid.tokens < 1:
+        raise ValueError(f"grid {grid} has no tokens")
+    if len(mask.order.level) != grid.frames:
+        raise ValueError(f"mask: the order covers {len(mask.order.level)} frames, the grid has {grid.frames}")
+    B, F, N, D = q.shape
+    if grid.tokens != F:
+        raise ValueError(f"q {tuple(q.shape)} has {F} rows, the grid {grid} has {grid.tokens} tokens")
+    M = k.shape[2] if k.dim() == 4 else 0
+    if M == 0 or N % M:
+        raise ValueError(f"k {tuple(k.shape)} has {M} heads, which do not divide the {N} heads of q {tuple(q.shape)}")
+    L = text_k.shape[1] if text_k.dim() == 4 else 0
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"k": (k, (B, F, M, D)), "v": (v, (B, F, M, D))}
+    expected |= {"text_k": (text_k, (B, L, M, D)), "text_v": (text_v, (B, L, M, D)), "text_valid": (text_valid, (B, L))}
+    if text_q is not None:
+        expected["text_q"] = (text_q, (B, L, N, D))
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {shape} fits q {tuple(q.shape)} and the text")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} {tuple(tensor.shape)} is on {tensor.device}, q on {q.device}")
+        if name != "text_valid" and tensor.dtype != q.dtype:
+            raise ValueError(f"{name} {tuple(tensor.shape)} is {tensor.dtype}, q is {q.dtype}")
+    if text_valid.dtype != torch.bool:
+        raise ValueError(f"text_valid {tuple(text_valid.shape)} is {text_valid.dtype}, not bool")
+
+
+def _check_strides(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.numel() == 0:
+            continue
+        if tensor.stride(3) != 1:
+            raise ValueError(f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}: channels must be adjacent")
+
+
+def _encode(mask: MaskSpec, grid: VideoGrid) -> list[int]:
+    """A mask and its grid as operators can take them."""
+    space = mask.space
+    head = [grid.frames, grid.height, grid.width, _KINDS.index(space.kind), *(space.window or (0, 0))]
+    return [*head, space.frames or 0, *space.shift, *mask.order.level, *map(int, mask.order.open)]
+
+
+def _decode(code: Sequence[int]) -> tuple[MaskSpec, VideoGrid]:
+    frames, height, width, kind, window_y, window_x, near, shift_y, shift_x, *order = code
+    window = (window_y, window_x) if window_y else None
+    space = Space(_KINDS[kind], window, near or None, (shift_y, shift_x))
+    is_open = tuple(map(bool, order[frames:]))
+    return MaskSpec(Order(tuple(order[:frames]), is_open), space), VideoGrid(frames, height, width)
+
+
+def _prepare(
+    q: Tensor, k: Tensor | None, v: Tensor | None, text_k: Tensor, text_v: Tensor, text_valid: Tensor,
+    code: Sequence[int], scale: float,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The kernels' inputs and configurations. Imports Triton, which only this path needs."""
+    from megacog_kernels.attention.calls import Inputs, text_rows
+    from megacog_kernels.attention.configurations import configurations
+    from megacog_kernels.attention.layout import positions
+
+    mask, grid = _decode(code) if code else text_rows(q.shape[1])
+    dense = bool(code) and mask.space.kind == "full" and positions(mask.order).simple
+    inputs = Inputs(q, k, v, text_k, text_v, text_valid, mask, grid, scale)
+    capability = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
+    return inputs, configurations(q.shape[3], q.dtype, dense, capability)
+
+
+@torch.library.custom_op("megacog::attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    text_k: Tensor,
+    text_v: Tensor,
+    text_valid: Tensor,
+    code: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out [B, R, N, D] and log2-sum-exp2 fp32 [B, N, R]; without k and v the rows are text."""
+    from megacog_kernels.attention.calls import run_forward
+
+    return run_forward(*_prepare(q, k, v, text_k, text_v, text_valid, code, scale))
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Any, v: Any, text_k: Any, text_v: Any, text_valid: Any, code: Any, scale: Any) -> Any:
+    B, R, N, D = q.shape
+    return q.new_empty(B, R, N, D), q.new_empty(B, N, R, dtype=torch.float32)
+
+
+@torch.library.custom_op("megacog::attend_backward", mutates_args=())
+def _attend_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    text_k: Tensor,
+    text_v: Tensor,
+    text_valid: Tensor,
+    code: Sequence[int],
+    scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, text_k and text_v; `needed` for q, frames and text. Empty where not needed."""
+    from megacog_kernels.attention.calls import Needed, run_backward
+
+    inputs, chosen = _prepare(q, k, v, text_k, text_v, text_valid, code, scale)
+    if grad_out.stride(3) != 1:
+        grad_out = grad_out.contiguous()
+    got = run_backward(inputs, out, lse, grad_out, Needed(*needed), chosen)
+    gradients = (got.q, got.frame_k, got.frame_v, got.text_k, got.text_v)
+    first, second, third, fourth, fifth = (q.new_empty(0) if part is None else part for part in gradients)
+    return first, second, third, fourth, fifth
+
+
+@_attend_backward.register_fake
+def _(
+    grad_out: Any, out: Any, lse: Any, q: Tensor, k: Tensor | None, v: Tensor | None, text_k: Tensor, text_v: Tensor,
+    text_valid: Any, code: Any, scale: Any, needed: Sequence[bool],
+) -> Any:  # fmt: skip
+    wanted = (needed[0], needed[1], needed[1], needed[2], needed[2])
+    parts = zip((q, k, v, text_k, text_v), wanted, strict=True)
+    return tuple(q.new_empty(part.shape if part is not None and want else 0) for part, want in parts)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.code, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    q, k, v, text_k, text_v = ctx.needs_input_grad[:5]
+    needed = [q, k or v, text_k or text_v]
+    gradients = torch.ops.megacog.attend_backward(grad_out, out, lse, *tensors, ctx.code, ctx.scale, needed)
+    wanted = zip(gradients, (q, k, v, text_k, text_v), strict=True)
+    return (*(part if want else None for part, want in wanted), None, None, None)
+
+
+_attend.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,23 @@
+"""Measures megacog on this machine: `python launch/benchmark.py kernels [--help]`."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = {"kernels": ROOT / "kernels/benchmarks/attention.py"}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+        print(f"usage: python launch/benchmark.py {{{','.join(BENCHMARKS)}}} [--help]", file=sys.stderr)
+        sys.exit(0 if "--help" in sys.argv[1:] or "-h" in sys.argv[1:] else 2)
+    script = BENCHMARKS[sys.argv.pop(1)]
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

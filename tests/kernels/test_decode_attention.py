@@ -1,0 +1,72 @@
+"""Decoding against static buffers: every token's output is its row of the whole attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import DEVICE, Case, error, expected, make_case
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from kernel_cases import masks
+
+from megacog_kernels.attention import decode_attention
+from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
+
+
+def buffers(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text, then a slot per frame token."""
+    return torch.cat([case.text_k, case.k], dim=1), torch.cat([case.text_v, case.v], dim=1)
+
+
+def decode(case: Case, tokens: torch.Tensor, implementation: str, splits: int = 2) -> torch.Tensor:
+    rows = tokens.long()[..., None, None].expand(-1, -1, *case.q.shape[2:])
+    q = case.q.gather(1, rows)
+    return decode_attention(
+        q, *buffers(case), case.text_valid, tokens, case.mask, case.grid, splits=splits, implementation=implementation
+    )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate], print_blob=True)
+@given(masks(max_tokens=80), st.sampled_from([0, 3, 70]), st.sampled_from([1, 4]), st.integers(0, 2**31))
+def test_a_token_gets_its_row_of_the_whole_attention(
+    implementation: str, grid_case: tuple[MaskSpec, VideoGrid], text: int, splits: int, seed: int
+) -> None:
+    if implementation == "triton":
+        pytest.importorskip("triton")
+    case = make_case(*grid_case, batch=2, text=text, heads=2, key_heads=1 + seed % 2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, case.grid.tokens, (2, 2), generator=generator).int().to(DEVICE)
+    got, wanted = decode(case, tokens, implementation, splits), expected(case).out
+    for sample in range(2):
+        assert error(got[sample], wanted[sample, tokens[sample].long()]) < 1e-5
+
+
+def test_triton_never_reads_what_a_token_does_not_see() -> None:
+    pytest.importorskip("triton")
+    grid = VideoGrid(3, 4, 5)
+    case = make_case(MaskSpec(Order.sequential(3), Space("local3d", (3, 3))), grid)
+    case.text_valid[:] = True
+    token = grid.cells + 7  # sees frame 0 and earlier cells of frame 1
+    wanted = expected(case).out[:, token]
+    case.k, case.v = case.k.clone(), case.v.clone()
+    case.k[:, token + 1 :] = case.v[:, token + 1 :] = float("nan")
+    got = decode(case, torch.tensor([[token]], dtype=torch.int32, device=DEVICE), "triton")
+    assert error(got[:, 0], wanted) < 1e-5
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    case = make_case(MaskSpec(Order.sequential(2), Space()), VideoGrid(2, 2, 2))
+    (k, v), tokens = buffers(case), torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)
+    good = (case.q, k, v, case.text_valid, tokens)
+    for index, bad, match in (
+        (1, k[:, 1:], r"k is \(1, 12, 2, 16\)"),
+        (2, v.half(), "v is .* torch.float16"),
+        (3, case.text_valid.int(), "text_valid is .* torch.int32"),
+        (4, tokens.long(), "tokens is .* torch.int64"),
+    ):
+        arguments = [*good[:index], bad, *good[index + 1 :]]
+        with pytest.raises(ValueError, match=match):
+            decode_attention(*arguments, case.mask, case.grid)
+    with pytest.raises(ValueError, match="splits is 3"):
+        decode_attention(*good, case.mask, case.grid, splits=3)
