@@ -75,7 +75,7 @@ _AMPERE_128 = Configurations(
 _BLACKWELL_64 = Configurations(
     forward=Configuration(64, 64, 4, 2, resident=2),
     query=Configuration(64, 64, 4, 2, resident=2),
-    key=Configuration(64, 64, 4, 2, resident=2),
+    key=Configuration(32, 64, 4, 2, resident=2),
 )
 _FLOAT32 = Configurations(*[Configuration(32, 32, 4, 1, resident=1)] * 3)
 
