@@ -70,10 +70,10 @@ part frame_tokenizer python launch/train_tokenizer.py frames "$run/corpus/train"
     --max-videos 600 --frames-per-video 16 --force
 part train_shards shards train
 part heldout_shards shards heldout
-part base stage base "$run/base" 750
-part sequential stage sequential "$run/sequential" 1000 model.inherit="$run/base/export" \
+part base stage base "$run/base" 700
+part sequential stage sequential "$run/sequential" 860 model.inherit="$run/base/export" \
     train.global_batch_size=8 train.micro_batch_size=4
-part interpolation stage interpolation "$run" 500 model.inherit="$run/sequential/export" \
+part interpolation stage interpolation "$run" 450 model.inherit="$run/sequential/export" \
     model.plus_from=sequential train.global_batch_size=8 train.micro_batch_size=4
 part evaluation python launch/evaluate.py "$run/export" --clips "$judged_clips" --out "$run/evaluation" \
     --judge-cache "$run/judge"

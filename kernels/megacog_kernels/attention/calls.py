@@ -1,5 +1,7 @@
 """Arguments of the attention kernels from tensors and plans: to run them, or to compile them ahead of time.
 
+The kernels, and Triton with them, are imported by the calls that use them.
+
 Legend: B batch, R query rows, F frame rows, L text length, N heads, M key heads (N / group), D head dim.
 """
 
@@ -12,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacog_kernels.attention.backward import attention_backward_key, attention_backward_query
 from megacog_kernels.attention.configurations import Configuration, Configurations
-from megacog_kernels.attention.forward import attention_forward
 from megacog_kernels.attention.tables import Tables, tables
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
 
@@ -67,6 +67,8 @@ def text_rows(length: int) -> tuple[MaskSpec, VideoGrid]:
 
 def forward_call(inputs: Inputs, out: Tensor, lse: Tensor, configuration: Configuration) -> Call:
     """Fills out [B, R, N, D] and lse fp32 [B, N, R] (log2-sum-exp2)."""
+    from megacog_kernels.attention.forward import attention_forward
+
     table = inputs.tables(configuration)
     arguments = _query_side(inputs, table) | _tensors(out=out) | {"lse": lse}
     return _call(attention_forward, inputs, table, configuration, arguments, by_key=False)
@@ -82,6 +84,8 @@ def backward_query_call(
     configuration: Configuration,
 ) -> Call:
     """Fills delta fp32 [B, N, R], and grad_q [B, R, N, D] unless None."""
+    from megacog_kernels.attention.backward import attention_backward_query
+
     table = inputs.tables(configuration)
     arguments = _query_side(inputs, table) | {"lse": lse, "delta": delta, "softmax_scale": inputs.scale}
     arguments |= _tensors(out=out, grad_out=grad_out, grad_q=out if grad_q is None else grad_q)
@@ -101,6 +105,8 @@ def backward_key_call(
     text: bool,
 ) -> Call:
     """Fills the gradients of the text's or of the frames' keys and values."""
+    from megacog_kernels.attention.backward import attention_backward_key
+
     table = inputs.tables(configuration)
     k, v = (inputs.text_k, inputs.text_v) if text else (inputs.frame_k, inputs.frame_v)
     assert k is not None and v is not None

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megacog_kernels.attention.decode_kernels import decode_join, decode_partial
 from megacog_kernels.attention.plan import tile_plan
 from megacog_kernels.attention.tables import Tables, tables
 from megacog_kernels.grid import MaskSpec, VideoGrid
@@ -38,6 +37,8 @@ def decode(
     scale: float, splits: int,
 ) -> Tensor:  # fmt: skip
     """See `decode_attention` of ops.py, which checks the arguments."""
+    from megacog_kernels.attention.decode_kernels import decode_join, decode_partial
+
     B, R, N, D = q.shape
     table: Tables = tables(mask, grid, TILE_Q, TILE_K, q.device)
     plan, visits = table.plan, table.by_query
