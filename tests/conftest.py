@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-from hypothesis import settings
 
 # Before torch is imported anywhere: two cores are shared by several test processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Without a GPU, Triton interprets the kernels. It looks at this when it is itself imported, by whichever test.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Test processes share the cores: how long an example takes says nothing about it.
 settings.register_profile("shared cores", deadline=None)
