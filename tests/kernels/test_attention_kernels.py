@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from kernel_cases import masks
 from torch import Tensor
 
-pytest.importorskip("triton")
-
 from megacog_kernels.attention.calls import (
     Inputs,
     Needed,

@@ -18,12 +18,6 @@ WINDOW = MaskSpec(Order.interpolation(3), Space("shifted_window", (2, 2), shift=
 IMPLEMENTATIONS = ["reference", "triton"]
 
 
-@pytest.fixture(autouse=True)
-def _need_triton(request: pytest.FixtureRequest) -> None:
-    if "triton" in request.node.name:
-        pytest.importorskip("triton")
-
-
 def attend(case: Case, implementation: str, **options: Any) -> AttentionOutput:
     q, k, v, text_k, text_v = case.tensors
     options = {"text_k": text_k, "text_v": text_v, "text_valid": case.text_valid} | options

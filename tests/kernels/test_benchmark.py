@@ -19,7 +19,6 @@ def benchmark(*arguments: str, interpret: str) -> subprocess.CompletedProcess[st
 
 
 def test_the_benchmark_checks_results_first() -> None:
-    pytest.importorskip("triton")
     done = benchmark("kernels", "--tiny", interpret="0" if torch.cuda.is_available() else "1")
     assert done.returncode == 0, done.stderr
     assert "tiny window: relative error" in done.stdout

@@ -32,8 +32,6 @@ def decode(case: Case, tokens: torch.Tensor, implementation: str, splits: int = 
 def test_a_token_gets_its_row_of_the_whole_attention(
     implementation: str, grid_case: tuple[MaskSpec, VideoGrid], text: int, splits: int, seed: int
 ) -> None:
-    if implementation == "triton":
-        pytest.importorskip("triton")
     case = make_case(*grid_case, batch=2, text=text, heads=2, key_heads=1 + seed % 2, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, case.grid.tokens, (2, 2), generator=generator).int().to(DEVICE)
@@ -43,7 +41,6 @@ def test_a_token_gets_its_row_of_the_whole_attention(
 
 
 def test_triton_never_reads_what_a_token_does_not_see() -> None:
-    pytest.importorskip("triton")
     grid = VideoGrid(3, 4, 5)
     case = make_case(MaskSpec(Order.sequential(3), Space("local3d", (3, 3))), grid)
     case.text_valid[:] = True
