@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacog.config.schema import ModelConfig, PlusStage
+from megacog.config.schema import Kernels, ModelConfig, PlusStage
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel
@@ -31,10 +31,11 @@ def build_model(
     plus: Sequence[PlusStage] = BOTH,
     parallel: TensorParallel | None = None,
     noise: float = 0.3,
+    kernels: Kernels = "auto",
 ) -> CogVideo:
     """A model with weights large enough that every part matters; the same for every tensor-parallel size."""
     config = config or model_config()
-    model = CogVideo(config, plus, parallel)
+    model = CogVideo(config, plus, parallel, kernels=kernels)
     initialize_base(model, seed=1)
     whole = CogVideo(config, plus)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megacog.config.load import dump_config, load_config
-from megacog.config.schema import Config, ModelConfig, PlusStage
+from megacog.config.schema import Config, Kernels, ModelConfig, PlusStage
 from megacog.errors import CheckpointError
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel, materialize
@@ -159,6 +159,7 @@ def load_model(
     parallel: TensorParallel | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    kernels: Kernels = "auto",
 ) -> CogVideo:
     """The model of an export, in eval mode, with the attention-plus sets `plus` (None = all held).
 
@@ -168,6 +169,7 @@ def load_model(
         parallel: This rank's tensor-parallel place.
         dtype: Weights' dtype; None = fp32 on CPU, as stored elsewhere.
         device: Where to put it.
+        kernels: See `generation.kernels`.
     """
     export = open_export(path)
     stages = export.plus if plus is None else tuple(plus)
@@ -177,8 +179,9 @@ def load_model(
     stored = export.tensor("final_layernorm.weight").dtype
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else stored)
     with torch.device("meta"):
-        model = CogVideo(export.model, stages, parallel)
+        model = CogVideo(export.model, stages, parallel, kernels=kernels)
     materialize(model, device, dtype).requires_grad_(False).eval()
+    model.choose_kernels()
     load_tensors(model, export.tensor, [name for name, _ in model.named_parameters()])
     return model
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Stage = Literal["base", "sequential", "interpolation"]
 PlusStage = Literal["sequential", "interpolation"]
+Kernels = Literal["auto", "triton", "reference"]
 
 
 class Section(BaseModel):
@@ -244,6 +245,8 @@ class TrainConfig(Section):
     """Samples per rank and forward pass; accumulation = global / (micro x data-parallel size)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. bf16 keeps fp32 masters of what is trained."""
+    kernels: Kernels = "auto"
+    """What runs attention: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed: what is cut over data-parallel ranks (1 optimizer, 2 gradients, 3 weights)."""
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -310,6 +313,8 @@ class GenerationConfig(Section):
     """Guidance scale of interpolated frames; 1 = off."""
     batch_size: int = Field(default=8, ge=1)
     """Clips (or interpolation blocks) generated at once."""
+    kernels: Kernels = "auto"
+    """What runs attention: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
     overlap: int = Field(default=1, ge=1, le=4)
     """Key frames that the next pass of a long clip is given."""
     seed: int = 1234

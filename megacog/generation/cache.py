@@ -1,109 +1,117 @@
 """Key/value caches: frames given whole, then codes one at a time.
 
 Keys and values of both channels stand in static buffers, one slot per frame token after those of the
-text. A new row sees the text and the slots that the mask rule names (`megacog_kernels.grid.visible`), so
-any order table and space works, and nothing here knows a stage's name. Slots follow the order in which
-frames come to be known: what a row sees of the `full` and `frame` spaces is then one slice, read in
-place; only windows are copied together.
+text. Attention of a new row reads the slots that the mask rule names (`decode_attention`), so any order
+table and space works, and nothing here knows a stage's name. Nothing depends on a position on the host.
 
-Legend: B batch, L text length, P cells of a frame, F frame tokens, S slots (L + F), R new rows,
-K visible keys, N heads of this rank, D head dim, C width, V image codes.
+Legend: B batch, L text length, P cells of a frame, F frame tokens, S slots (L + frame slots), R new rows,
+N heads of this rank, D head dim, C width, V image codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megacog.config.schema import Stage
 from megacog.model.attention import Attend
 from megacog.model.layout import stage_layout
-from megacog.model.transformer import CogVideo, KeyValue
-from megacog_kernels.attention import cached_attention
-from megacog_kernels.grid import MaskSpec, VideoGrid, visible_keys
-
-Slots = slice | Tensor
-"""Places in a buffer: a slice where they adjoin (indexing gives a view), else int64 indices (a copy)."""
+from megacog.model.transformer import CogVideo, KeyValue, attend_all
+from megacog_kernels.attention import Implementation, decode_attention
+from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
 
 
-@dataclass(frozen=True)
-class View:
-    """Where new rows stand in the buffers of one mask, and what they see there."""
+class _Base:
+    """The base channel of one layer: text, then slots of the one frame that is being sampled.
 
-    rows: Slots
-    keys: Slots
-    """Slots that any of the rows sees, the text's first: K."""
-    seen_RK: Tensor | None
-    """Which of the keys each row sees; None = all of them."""
-
-
-@lru_cache(maxsize=64)
-def frame_places(mask: MaskSpec) -> tuple[int, ...]:
-    """Place of every frame in the buffers: the order in which frames come to be known.
-
-    Nobody else sees a frame of the `frame` space, so frames of different levels share places there.
+    Nobody else sees the rows of a frame here, so no other frame is kept.
     """
-    level = mask.order.level
-    if mask.space.kind == "frame":
-        return tuple(level[:frame].count(level[frame]) for frame in range(len(level)))
-    entry = sorted(range(len(level)), key=level.__getitem__)
-    return tuple(entry.index(frame) for frame in range(len(level)))
+
+    def __init__(self, text: KeyValue, grid: VideoGrid, kernels: Implementation) -> None:
+        self.frame = VideoGrid(1, grid.height, grid.width)
+        self.buffers = _Buffers(text, self.frame.tokens)
+        self.kernels = kernels
+
+    def give(self, frames: Sequence[int], order: Order, valid_BL: Tensor) -> Attend:
+        """Attention of whole frames that are known together."""
+        level, is_open = zip(*((order.level[frame], order.open[frame]) for frame in frames), strict=True)
+        mask = MaskSpec(Order(level, is_open), Space("frame"))
+        grid = VideoGrid(len(frames), self.frame.height, self.frame.width)
+        return attend_all(mask, grid, self.buffers.text, valid_BL, self.kernels)
+
+    def step(self, token_1: Tensor, valid_BL: Tensor) -> Attend:
+        """Attention of one new row."""
+        mask = MaskSpec(Order.sequential(1), Space())
+        cell_1 = token_1 % self.frame.cells
+        return self.buffers.attend(cell_1, valid_BL, mask, self.frame, self.kernels)
 
 
-@lru_cache(maxsize=8192)
-def view(mask: MaskSpec, grid: VideoGrid, tokens: tuple[int, ...], text_length: int, device: torch.device) -> View:
-    """The view of new rows; `tokens` are numbered frame * P + cell."""
-    start_T = text_length + np.array(frame_places(mask)) * grid.cells
-    slot_F = np.add.outer(start_T, np.arange(grid.cells)).ravel()
-    tokens_K, seen_RK = visible_keys(mask, grid, tokens)
-    ascending_K = slot_F[tokens_K].argsort()
-    slot_K = np.concatenate([np.arange(text_length), slot_F[tokens_K][ascending_K]])
-    rows, keys = _slots(slot_F[list(tokens)], device), _slots(slot_K, device)
-    if seen_RK.all():
-        return View(rows, keys, None)
-    text_RL = np.ones((len(tokens), text_length), dtype=bool)
-    return View(rows, keys, torch.from_numpy(np.hstack([text_RL, seen_RK[:, ascending_K]])).to(device))
+class _Plus:
+    """The attention-plus channel of one layer: text, then a slot per frame token."""
 
+    def __init__(self, text: KeyValue, mask: MaskSpec, grid: VideoGrid, kernels: Implementation) -> None:
+        self.mask, self.grid, self.kernels = mask, grid, kernels
+        self.buffers = _Buffers(text, grid.tokens)
 
-def _slots(places: np.ndarray, device: torch.device) -> Slots:
-    first, end = int(places[0]), int(places[0]) + len(places)
-    if (places == np.arange(first, end)).all():
-        return slice(first, end)
-    return torch.from_numpy(places).to(device)
-
-
-class _Channel:
-    """Keys and values of one channel of one layer: text, then a slot per place and cell."""
-
-    def __init__(self, text: KeyValue, mask: MaskSpec, cells: int) -> None:
-        self.mask = mask
-        B, L, N, D = text[0].shape
-        slots = L + (max(frame_places(mask)) + 1) * cells
-        # Heads before slots: the keys of a head lie together, which attention on a CPU reads twice as fast.
-        self.kv_2BNSD = text[0].new_zeros(2, B, N, slots, D)
-        self._write(slice(L), *text)
-
-    def attend(self, view: View, allowed_BRK: Tensor | None) -> Attend:
-        """Attention that first writes the new rows."""
+    def give(self, frames: Sequence[int], order: Order, valid_BL: Tensor) -> Attend:
+        """Attention of whole frames that are known together, written to the buffers first."""
 
         def attend(q_BRND: Tensor, k_BRND: Tensor, v_BRND: Tensor) -> Tensor:
-            self._write(view.rows, k_BRND, v_BRND)
-            k_BKND, v_BKND = self._read(view.keys).transpose(2, 3)
-            return cached_attention(q_BRND, k_BKND, v_BKND, allowed_BRK)
+            cells = torch.arange(self.grid.cells, device=q_BRND.device)
+            rows_R = torch.cat([frame * self.grid.cells + cells for frame in frames])
+            self.buffers.write(rows_R, k_BRND, v_BRND)
+            # All frames go through, empty ones too, so that the op of training serves: what is given sees no other.
+            q_BFND = q_BRND.new_zeros(q_BRND.shape[0], self.grid.tokens, *q_BRND.shape[2:])
+            q_BFND[:, rows_R] = q_BRND
+            everything = attend_all(self.mask, self.grid, self.buffers.text, valid_BL, self.kernels)
+            return everything(q_BFND, *self.buffers.frames)[:, rows_R]
 
         return attend
 
-    def _write(self, slots: Slots, k_BRND: Tensor, v_BRND: Tensor) -> None:
-        self.kv_2BNSD[0, :, :, slots] = k_BRND.transpose(1, 2)
-        self.kv_2BNSD[1, :, :, slots] = v_BRND.transpose(1, 2)
+    def step(self, token_1: Tensor, valid_BL: Tensor) -> Attend:
+        """Attention of one new row."""
+        return self.buffers.attend(token_1, valid_BL, self.mask, self.grid, self.kernels)
 
-    def _read(self, slots: Slots) -> Tensor:
-        return self.kv_2BNSD[..., slots, :] if isinstance(slots, slice) else self.kv_2BNSD.index_select(3, slots)
+
+class _Buffers:
+    """Static keys and values of one channel: text, then frame slots."""
+
+    def __init__(self, text: KeyValue, slots: int) -> None:
+        B, self.text_length, N, D = text[0].shape
+        # Heads before slots: the keys of a head lie together.
+        kv_2BNSD = text[0].new_zeros(2, B, N, self.text_length + slots, D)
+        self.k_BSND, self.v_BSND = kv_2BNSD.transpose(2, 3)
+        self.k_BSND[:, : self.text_length], self.v_BSND[:, : self.text_length] = text
+
+    @property
+    def text(self) -> KeyValue:
+        """[B, L, N, D]."""
+        return self.k_BSND[:, : self.text_length], self.v_BSND[:, : self.text_length]
+
+    @property
+    def frames(self) -> KeyValue:
+        """[B, S - L, N, D]."""
+        return self.k_BSND[:, self.text_length :], self.v_BSND[:, self.text_length :]
+
+    def write(self, rows_R: Tensor, k_BRND: Tensor, v_BRND: Tensor) -> None:
+        """Put new rows into their frame slots."""
+        for buffer, new in zip(self.frames, (k_BRND, v_BRND), strict=True):
+            buffer.index_copy_(1, rows_R, new)
+
+    def attend(
+        self, token_1: Tensor, valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid, kernels: Implementation
+    ) -> Attend:
+        """Attention that first writes its one new row. The position stays on the device."""
+        tokens_B1 = token_1.int().expand(valid_BL.shape[0], 1)
+
+        def attend(q_B1ND: Tensor, k_B1ND: Tensor, v_B1ND: Tensor) -> Tensor:
+            self.write(token_1, k_B1ND, v_B1ND)
+            kv = (self.k_BSND, self.v_BSND)
+            return decode_attention(q_B1ND, *kv, valid_BL, tokens_B1, mask, grid, implementation=kernels)
+
+        return attend
 
 
 class Decoder:
@@ -127,21 +135,20 @@ class Decoder:
         self.layout = stage_layout(model.config, stage)
         self.plus = model.plus_of(stage)
         self.plus_layers = list(self.plus.layers) if self.plus is not None and plus else [None] * len(model.layers)
-        B, self.text_length = text_valid_BL.shape
         grid = self.layout.grid
-        self.valid_BS = torch.cat([text_valid_BL, text_valid_BL.new_ones(B, grid.tokens)], dim=1)
-        self.all_text_valid = bool(text_valid_BL.all())
-        self.base: list[_Channel] = []
-        self.plus_channels: list[_Channel | None] = []
+        self.valid_BL = text_valid_BL
+        self.token_F = torch.arange(grid.tokens, device=text_BL.device)
+        self.base: list[_Base] = []
+        self.plus_channels: list[_Plus | None] = []
         rows_BLC = model.embed_text(text_BL, text_valid_BL)
         for index, (layer, plus_layer) in enumerate(zip(model.layers, self.plus_layers, strict=True)):
             rows_BLC, states = layer.text_rows(rows_BLC, text_valid_BL, plus_layer)
-            self.base.append(_Channel(states.base, self.layout.base_mask, grid.cells))
+            self.base.append(_Base(states.base, grid, model.kernels))
             channel = None
             if states.plus is not None:
-                channel = _Channel(states.plus, self.layout.plus_mask(model.space(stage), index), grid.cells)
+                mask = self.layout.plus_mask(model.space(stage), index)
+                channel = _Plus(states.plus, mask, grid, model.kernels)
             self.plus_channels.append(channel)
-        self.masks = {channel.mask for channel in (*self.base, *self.plus_channels) if channel is not None}
 
     @torch.no_grad()
     def give(self, frames: Mapping[int, Tensor]) -> None:
@@ -153,8 +160,8 @@ class Decoder:
         for level in levels:
             peers = [frame for frame in sorted(frames) if self.layout.order.level[frame] == level]
             rows = [self._frame_inputs(frame, frames[frame]) for frame in peers]
-            cells = range(self.layout.grid.cells)
-            self._rows(torch.cat(rows, dim=1), tuple(frame * len(cells) + cell for frame in peers for cell in cells))
+            order, valid_BL = self.layout.order, self.valid_BL
+            self._rows(torch.cat(rows, dim=1), lambda channel: channel.give(peers, order, valid_BL))  # noqa: B023
 
     @torch.no_grad()
     def step(self, frame: int, cell: int, previous_B: Tensor | None) -> Tensor:
@@ -167,11 +174,13 @@ class Decoder:
         if (cell == 0) != (previous_B is None):
             raise ValueError(f"cell {cell} needs {'no' if cell == 0 else 'the'} previous code")
         if previous_B is None:
-            inputs_B1C = self.model.embed_boi(self.valid_BS.shape[0])
+            inputs_B1C = self.model.embed_boi(self.valid_BL.shape[0])
         else:
             inputs_B1C = self.model.code_embedding(previous_B[:, None])
         rows_B1C = self.model.embed_frame(inputs_B1C, frame, slice(cell, cell + 1), self.plus)
-        hidden_B1C = self._rows(rows_B1C, (frame * self.layout.grid.cells + cell,))
+        token = frame * self.layout.grid.cells + cell
+        token_1 = self.token_F[token : token + 1]
+        hidden_B1C = self._rows(rows_B1C, lambda channel: channel.step(token_1, self.valid_BL))
         return self.model.code_logits(hidden_B1C)[:, 0]
 
     def _frame_inputs(self, frame: int, codes_BP: Tensor) -> Tensor:
@@ -179,18 +188,9 @@ class Decoder:
         inputs_BPC = torch.cat([boi_B1C, self.model.code_embedding(codes_BP[:, :-1])], dim=1)
         return self.model.embed_frame(inputs_BPC, frame, slice(None), self.plus)
 
-    def _rows(self, rows_BRC: Tensor, tokens: tuple[int, ...]) -> Tensor:
-        views = {mask: self._view(mask, tokens) for mask in self.masks}
+    def _rows(self, rows_BRC: Tensor, attend: Callable[[_Base | _Plus], Attend]) -> Tensor:
         channels = zip(self.base, self.plus_channels, strict=True)
         for layer, plus_layer, (base, plus) in zip(self.model.layers, self.plus_layers, channels, strict=True):
-            plus_attend = plus.attend(*views[plus.mask]) if plus is not None else None
-            rows_BRC = layer.frame_rows(rows_BRC, base.attend(*views[base.mask]), plus_layer, plus_attend)
+            plus_attend = attend(plus) if plus is not None else None
+            rows_BRC = layer.frame_rows(rows_BRC, attend(base), plus_layer, plus_attend)
         return rows_BRC
-
-    def _view(self, mask: MaskSpec, tokens: tuple[int, ...]) -> tuple[View, Tensor | None]:
-        """What new rows see, and which of it each row of the batch: bool [B, R or 1, K], None = all."""
-        seen = view(mask, self.layout.grid, tokens, self.text_length, self.valid_BS.device)
-        if seen.seen_RK is None and self.all_text_valid:
-            return seen, None
-        allowed_B1K = self.valid_BS[:, None, seen.keys]
-        return seen, allowed_B1K if seen.seen_RK is None else allowed_B1K & seen.seen_RK

@@ -23,13 +23,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megacog.config.schema import ModelConfig, PlusStage, SpaceConfig, Stage
+from megacog.errors import EnvError
 from megacog.model.attention import Attend, AttentionChannel, AttentionPlus, PlusLayer
 from megacog.model.layout import StageLayout, stage_layout, text_position_ids
 from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import TensorParallel
-from megacog_kernels.attention import text_attention, video_attention
-from megacog_kernels.grid import MaskSpec
+from megacog_kernels.attention import Implementation, attention, text_attention
+from megacog_kernels.attention.dispatch import choose
+from megacog_kernels.grid import MaskSpec, VideoGrid
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values [B, R, N, D]."""
@@ -53,6 +55,19 @@ class TextStates:
     plus: KeyValue | None
 
 
+def attend_all(mask: MaskSpec, grid: VideoGrid, text: KeyValue, valid_BL: Tensor, kernels: Implementation) -> Attend:
+    """Attention of all rows of a grid over the valid text and each other."""
+
+    def attend(q_BFND: Tensor, k_BFND: Tensor, v_BFND: Tensor) -> Tensor:
+        text_k, text_v = text
+        return attention(
+            q_BFND, k_BFND, v_BFND, mask, grid, text_k=text_k, text_v=text_v, text_valid=valid_BL,
+            implementation=kernels,
+        ).frames  # fmt: skip
+
+    return attend
+
+
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
@@ -67,8 +82,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One base layer; the attention-plus of the running stage is handed in."""
 
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel, kernels: Implementation) -> None:
         super().__init__()
+        self.kernels: Implementation = kernels
         norm = (config.hidden_size, config.layernorm_eps)
         self.input_layernorm = nn.LayerNorm(*norm)
         self.third_layernorm = nn.LayerNorm(*norm)
@@ -88,7 +104,7 @@ class Layer(nn.Module):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             kept.append((k, v))
-            return text_attention(q, k, v, valid_BL)
+            return text_attention(q, k, v, valid_BL, implementation=self.kernels)
 
         mixed_BLC = self.attention(normed_BLC, attend)
         plus_states = plus.project(normed_BLC)[1:] if plus is not None else None
@@ -115,11 +131,10 @@ class Layer(nn.Module):
         """Both streams through this layer, all frames at once."""
         text_BLC, states = self.text_rows(text_BLC, valid_BL, plus)
 
-        def attend_with(text: KeyValue, mask: MaskSpec) -> Attend:
-            return lambda q, k, v: video_attention(q, k, v, *text, valid_BL, mask, layout.grid)
-
-        base = attend_with(states.base, layout.base_mask)
-        plus_attend = attend_with(states.plus, plus_mask) if states.plus and plus_mask else None
+        base = attend_all(layout.base_mask, layout.grid, states.base, valid_BL, self.kernels)
+        plus_attend = None
+        if states.plus is not None and plus_mask is not None:
+            plus_attend = attend_all(plus_mask, layout.grid, states.plus, valid_BL, self.kernels)
         return text_BLC, self.frame_rows(frames_BFC, base, plus, plus_attend)
 
 
@@ -131,6 +146,7 @@ class CogVideo(nn.Module):
         plus: Stages whose attention-plus is built.
         parallel: This rank's tensor-parallel place; None = the whole model.
         activation_checkpointing: Recompute every layer in the backward pass.
+        kernels: What runs attention: `auto` takes Triton where it can, `triton` insists on it.
 
     Weights are uninitialized: call `initialize` or load them.
     """
@@ -141,6 +157,7 @@ class CogVideo(nn.Module):
         plus: Sequence[PlusStage] = (),
         parallel: TensorParallel | None = None,
         activation_checkpointing: bool = False,
+        kernels: Implementation = "auto",
     ) -> None:
         super().__init__()
         if config.boi_id is None:
@@ -149,11 +166,12 @@ class CogVideo(nn.Module):
         self.boi_id = config.boi_id
         self.parallel = parallel or TensorParallel()
         self.activation_checkpointing = activation_checkpointing
+        self.kernels: Implementation = kernels
         self.code_embedding = VocabParallelEmbedding(config.image_vocab_size, config.hidden_size, self.parallel)
         self.text_embedding = VocabParallelEmbedding(config.text_vocab_size, config.hidden_size, self.parallel)
         self.position_embedding = nn.Embedding(config.base_position_rows, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        layers = [Layer(config, self.parallel) for _ in range(config.num_layers)]
+        layers = [Layer(config, self.parallel, kernels) for _ in range(config.num_layers)]
         self.layers: Sequence[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_eps)
         self.plus = nn.ModuleDict({stage: AttentionPlus(config, self.parallel) for stage in plus})
@@ -161,6 +179,17 @@ class CogVideo(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.final_layernorm.weight.device
+
+    def choose_kernels(self) -> None:
+        """Say what runs attention where the weights are.
+
+        Raises:
+            EnvError: `kernels` is triton, which cannot run there.
+        """
+        try:
+            choose(self.kernels, self.device, self.final_layernorm.weight.dtype, self.config.head_dim)
+        except ValueError as error:
+            raise EnvError(f"kernels: {error}; set kernels to auto, or change what is in the way") from None
 
     def trainable(self, stage: Stage) -> None:
         """Let the stage's weights take gradients and freeze all others: the base, or one plus set."""

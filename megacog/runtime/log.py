@@ -26,16 +26,17 @@ class _ProgressSafeHandler(logging.Handler):
 
 
 def setup(rank: int = 0) -> None:
-    """Send megacog's log lines to stderr: everything from rank 0, warnings and errors from the others."""
-    logger = logging.getLogger(_ROOT)
-    for handler in [handler for handler in logger.handlers if isinstance(handler, _ProgressSafeHandler)]:
-        logger.removeHandler(handler)
-    handler = _ProgressSafeHandler()
+    """Send log lines of megacog and its kernels to stderr: all from rank 0, warnings and errors from the others."""
     who = "" if rank == 0 else f" rank {rank}"
     line = f"%(asctime)s{who} %(levelname).1s %(message)s"
-    handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for root in (_ROOT, "megacog_kernels"):
+        logger = logging.getLogger(root)
+        for old in [handler for handler in logger.handlers if isinstance(handler, _ProgressSafeHandler)]:
+            logger.removeHandler(old)
+        handler = _ProgressSafeHandler()
+        handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -310,7 +310,7 @@ class DeepSpeedEngine:
             return
         # Hooks gather ZeRO 3's parameters only inside `forward`; other uses get a plain copy.
         with torch.device("meta"):
-            copy = CogVideo(self.model.config, tuple(self.model.plus), self._groups.tensor)  # type: ignore[arg-type]
+            copy = CogVideo(self.model.config, tuple(self.model.plus), self._groups.tensor, kernels=self.model.kernels)  # type: ignore[arg-type]
         for name, _ in list(copy.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             weight = nn.Parameter(self.weight(name), requires_grad=False)

@@ -240,8 +240,9 @@ def build_model(
     stage = config.train.stage
     plus = () if stage == "base" else (stage,)
     with torch.device("meta"):
-        model = CogVideo(config.model, plus, groups.tensor, config.train.activation_checkpointing)
+        model = CogVideo(config.model, plus, groups.tensor, config.train.activation_checkpointing, config.train.kernels)
     materialize(model, device, DTYPES[config.train.precision])
+    model.choose_kernels()
     model.trainable(stage)
     if checkpoint is None:
         return model, None, start_weights(config, model, export)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megacog_kernels.attention import text_attention, video_attention
+from megacog_kernels.attention import text_attention
+from megacog_kernels.attention.reference import video_attention
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, dense_mask
 
 GRID = VideoGrid(3, 3, 2)

@@ -8,6 +8,8 @@ from small_model import BOTH, batch, build_model, model_config
 from torch import Tensor
 
 from megacog.config.schema import Stage
+from megacog.errors import EnvError
+from megacog.generation.cache import Decoder
 from megacog.model.flops import tokens_per_sample, training_flops
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.layout import stage_layout
@@ -212,3 +214,34 @@ def test_training_work_of_the_release_shape() -> None:
     text = base_forward * 64 / 2000 + plus_forward * 3 / 2 * 64 / 2000
     assert training_flops(config, "sequential") == pytest.approx(expected + text, rel=0.002)
     assert tokens_per_sample(config, "sequential") == 2064
+
+
+def test_asking_for_triton_where_it_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = CogVideo(model_config(), BOTH, kernels="triton")
+    with pytest.raises(EnvError, match="kernels: .*'triton' cannot run: .*set kernels to auto"):
+        model.choose_kernels()
+    with pytest.raises(ValueError, match="'triton' cannot run"):
+        model(*batch(model.config, 5), "sequential")
+
+
+def test_triton_and_reference_give_the_same_loss_gradients_and_decoding() -> None:
+    config = model_config(hidden_size=32, num_heads=2)
+    models = [build_model(config, kernels=kernels) for kernels in ("reference", "triton")]
+    text, valid, codes = batch(config, 5)
+    results = []
+    for model in models:
+        model.trainable("interpolation")
+        loss = model(text, valid, codes, "interpolation").loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        decoder = Decoder(model.eval(), "interpolation", text, valid)
+        decoder.give({frame: codes[:, frame] for frame in (0, 2, 4)})
+        logits = [decoder.step(1, 0, None), decoder.step(1, 1, codes[:, 1, 0])]
+        results.append((loss.detach(), gradients, logits))
+    (loss, gradients, logits), (triton_loss, triton_gradients, triton_logits) = results
+    torch.testing.assert_close(triton_loss, loss, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == triton_gradients.keys() and gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(triton_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(triton_logits, logits, rtol=1e-4, atol=1e-5)

@@ -1,13 +1,6 @@
 """Attention over text + video grids."""
 
-from megacog_kernels.attention.ops import AttentionOutput, attention, decode_attention
-from megacog_kernels.attention.reference import cached_attention, text_attention, video_attention
+from megacog_kernels.attention.dispatch import Implementation
+from megacog_kernels.attention.ops import AttentionOutput, attention, decode_attention, text_attention
 
-__all__ = [
-    "AttentionOutput",
-    "attention",
-    "cached_attention",
-    "decode_attention",
-    "text_attention",
-    "video_attention",
-]
+__all__ = ["AttentionOutput", "Implementation", "attention", "decode_attention", "text_attention"]

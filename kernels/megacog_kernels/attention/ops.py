@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megacog_kernels.attention.dispatch import Implementation, choose
-from megacog_kernels.attention.reference import grouped_attention, masked_decode
+from megacog_kernels.attention.reference import grouped_attention, grouped_text_attention, masked_decode
 from megacog_kernels.grid import MaskSpec, Order, Space, SpaceKind, VideoGrid
 
 _KINDS = get_args(SpaceKind)
@@ -74,16 +74,50 @@ def attention(
         text_valid = torch.ones(text_k.shape[:2], dtype=torch.bool, device=text_k.device)
     _check(q, k, v, mask, grid, text_k, text_v, text_valid, text_q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if choose(implementation, q.device, q.dtype, q.shape[-1]) == "reference":
-        out, text, lse = grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, text_q, scale, return_lse)
-        return AttentionOutput(out, text, lse)
-    _check_strides(q=q, k=k, v=v, text_k=text_k, text_v=text_v, text_q=text_q)
-    text_valid = text_valid.contiguous()
-    out, lse2 = torch.ops.megacog.attend(q, k, v, text_k, text_v, text_valid, _encode(mask, grid), scale)
     text = None
     if text_q is not None:
-        text = torch.ops.megacog.attend(text_q, None, None, text_k, text_v, text_valid, [], scale)[0]
+        text = text_attention(text_q, text_k, text_v, text_valid, scale=scale, implementation=implementation)
+    if choose(implementation, q.device, q.dtype, q.shape[-1]) == "reference":
+        out, lse = grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, scale, return_lse)
+        return AttentionOutput(out, text, lse)
+    _check_strides(q=q, k=k, v=v, text_k=text_k, text_v=text_v)
+    code = _encode(mask, grid)
+    out, lse2 = torch.ops.megacog.attend(q, k, v, text_k, text_v, text_valid.contiguous(), code, scale)
     return AttentionOutput(out, text, lse2.detach() * math.log(2) if return_lse else None)
+
+
+def text_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor,
+    *,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """Bidirectional attention among the valid text tokens: [B, L, N, D].
+
+    Args:
+        q: [B, L, N, D]; as k and v with any strides with channels adjacent.
+        k, v: [B, L, M, D].
+        valid: bool [B, L], False on padding; a sample without valid text gets zeros.
+        scale: Factor of the scores; None = 1 / sqrt(D).
+        implementation: As for `attention`.
+
+    Raises:
+        ValueError: An argument does not fit, by name and shape, or Triton cannot run as asked.
+    """
+    if q.dim() != 4:
+        raise ValueError(f"q {tuple(q.shape)} is not [B, L, N, D]")
+    B, L, N, D = q.shape
+    keys = (B, L, _key_heads(q, k), D)
+    _check_shapes(q, k=(k, keys), v=(v, keys), valid=(valid, (B, L)))
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    if choose(implementation, q.device, q.dtype, D) == "reference":
+        return grouped_text_attention(q, k, v, valid, scale)
+    _check_strides(q=q, k=k, v=v)
+    out: Tensor = torch.ops.megacog.attend(q, None, None, k, v, valid.contiguous(), [], scale)[0]
+    return out
 
 
 def decode_attention(
@@ -134,20 +168,9 @@ def _check_decode(
 ) -> None:
     if q.dim() != 4 or text_valid.dim() != 2:
         raise ValueError(f"q {tuple(q.shape)} is not [B, R, N, D], or text_valid {tuple(text_valid.shape)} not [B, L]")
-    B, R, N, D = q.shape
-    M = k.shape[2] if k.dim() == 4 else 0
-    if M == 0 or N % M:
-        raise ValueError(f"k {tuple(k.shape)} has {M} heads, which do not divide the {N} heads of q {tuple(q.shape)}")
-    buffer = (B, text_valid.shape[1] + grid.tokens, M, D)
-    for name, tensor, shape, dtype in (
-        ("k", k, buffer, q.dtype),
-        ("v", v, buffer, q.dtype),
-        ("text_valid", text_valid, (B, text_valid.shape[1]), torch.bool),
-        ("tokens", tokens, (B, R), torch.int32),
-    ):
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != q.device:
-            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            raise ValueError(f"{name} is {got}; {shape} {dtype} on {q.device} fits q {tuple(q.shape)} and {grid}")
+    (B, R, _, D), L = q.shape, text_valid.shape[1]
+    buffer = (B, L + grid.tokens, _key_heads(q, k), D)
+    _check_shapes(q, k=(k, buffer), v=(v, buffer), text_valid=(text_valid, (B, L)), tokens=(tokens, (B, R)))
     if splits < 1 or splits & (splits - 1):
         raise ValueError(f"splits is {splits}, not a power of 2")
 
@@ -165,23 +188,31 @@ def _check(
     B, F, N, D = q.shape
     if grid.tokens != F:
         raise ValueError(f"q {tuple(q.shape)} has {F} rows, the grid {grid} has {grid.tokens} tokens")
-    M = k.shape[2] if k.dim() == 4 else 0
+    M, L = _key_heads(q, k), text_k.shape[1] if text_k.dim() == 4 else 0
+    keys, text = (B, F, M, D), (B, L, M, D)
+    queries = {} if text_q is None else {"text_q": (text_q, (B, L, N, D))}
+    _check_shapes(
+        q, k=(k, keys), v=(v, keys), text_k=(text_k, text), text_v=(text_v, text), text_valid=(text_valid, (B, L)),
+        **queries,
+    )  # fmt: skip
+
+
+def _key_heads(q: Tensor, k: Tensor) -> int:
+    M, N = k.shape[2] if k.dim() == 4 else 0, q.shape[2]
     if M == 0 or N % M:
         raise ValueError(f"k {tuple(k.shape)} has {M} heads, which do not divide the {N} heads of q {tuple(q.shape)}")
-    L = text_k.shape[1] if text_k.dim() == 4 else 0
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"k": (k, (B, F, M, D)), "v": (v, (B, F, M, D))}
-    expected |= {"text_k": (text_k, (B, L, M, D)), "text_v": (text_v, (B, L, M, D)), "text_valid": (text_valid, (B, L))}
-    if text_q is not None:
-        expected["text_q"] = (text_q, (B, L, N, D))
+    return M
+
+
+_DTYPES = {"valid": torch.bool, "text_valid": torch.bool, "tokens": torch.int32}
+
+
+def _check_shapes(q: Tensor, **expected: tuple[Tensor, tuple[int, ...]]) -> None:
     for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {shape} fits q {tuple(q.shape)} and the text")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} {tuple(tensor.shape)} is on {tensor.device}, q on {q.device}")
-        if name != "text_valid" and tensor.dtype != q.dtype:
-            raise ValueError(f"{name} {tuple(tensor.shape)} is {tensor.dtype}, q is {q.dtype}")
-    if text_valid.dtype != torch.bool:
-        raise ValueError(f"text_valid {tuple(text_valid.shape)} is {text_valid.dtype}, not bool")
+        dtype = _DTYPES.get(name, q.dtype)
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != q.device:
+            got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name} is {got}; {shape} {dtype} on {q.device} fits q {tuple(q.shape)}")
 
 
 def _check_strides(**tensors: Tensor | None) -> None:

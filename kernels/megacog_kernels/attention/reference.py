@@ -1,25 +1,21 @@
 """Attention over text + video grids in plain torch: the definition, and what CPUs run.
 
-Shapes: B batch, L text length, T frames, P cells of a frame, F = T * P, N heads, D head dim, R rows
-of queries, K keys. Masked is masked: a key outside the mask has no weight, and a query without any
-key gives zeros.
+Shapes: B batch, L text length, T frames, P cells of a frame, F = T * P, N heads, M key heads, D head
+dim, R rows of queries, K keys. Masked is masked: a key outside the mask has no weight, and a query
+without any key gives zeros.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional as F
 
-from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask
-
-
-def text_attention(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, valid_BL: Tensor) -> Tensor:
-    """Bidirectional attention among the valid text tokens: [B, L, N, D]."""
-    return _attend(q_BLND, k_BLND, v_BLND, valid_BL[:, None, :])
+from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask, visible_keys
 
 
 def video_attention(
@@ -64,23 +60,35 @@ def video_attention(
 
 def grouped_attention(
     q_BFND: Tensor, k_BFMD: Tensor, v_BFMD: Tensor, text_k_BLMD: Tensor, text_v_BLMD: Tensor, text_valid_BL: Tensor,
-    mask: MaskSpec, grid: VideoGrid, text_q_BLND: Tensor | None, scale: float, return_lse: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """`video_attention` and `text_attention` with N / M query heads per key head and a scale of the scores.
+    mask: MaskSpec, grid: VideoGrid, scale: float, return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`video_attention` with N / M query heads per key head and a scale of the scores.
 
     Returns:
-        Frames [B, F, N, D]; text [B, L, N, D] if text_q is given; log-sum-exp fp32 [B, N, F] if asked for.
+        [B, F, N, D]; log-sum-exp fp32 [B, N, F] if asked for.
     """
     group = q_BFND.shape[2] // k_BFMD.shape[2]
-    k, v, text_k, text_v = (
-        part.repeat_interleave(group, dim=2) for part in (k_BFMD, v_BFMD, text_k_BLMD, text_v_BLMD)
-    )
-    factor = scale * q_BFND.shape[3] ** 0.5  # the functions below scale by 1 / sqrt(D)
-    q = q_BFND if factor == 1 else q_BFND * factor
+    k, v, text_k, text_v = (_repeat(part, group) for part in (k_BFMD, v_BFMD, text_k_BLMD, text_v_BLMD))
+    q = _rescale(q_BFND, scale)
     frames = video_attention(q, k, v, text_k, text_v, text_valid_BL, mask, grid)
-    text = None if text_q_BLND is None else text_attention(text_q_BLND * factor, text_k, text_v, text_valid_BL)
     lse = _log_sum_exp(q, torch.cat([text_k, k], dim=1), text_valid_BL, mask, grid) if return_lse else None
-    return frames, text, lse
+    return frames, lse
+
+
+def grouped_text_attention(q_BLND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, valid_BL: Tensor, scale: float) -> Tensor:
+    """Bidirectional attention among the valid text tokens: [B, L, N, D]."""
+    group = q_BLND.shape[2] // k_BLMD.shape[2]
+    return _attend(_rescale(q_BLND, scale), _repeat(k_BLMD, group), _repeat(v_BLMD, group), valid_BL[:, None, :])
+
+
+def _repeat(x_BRMD: Tensor, group: int) -> Tensor:
+    return x_BRMD if group == 1 else x_BRMD.repeat_interleave(group, dim=2)
+
+
+def _rescale(q_BRND: Tensor, scale: float) -> Tensor:
+    """Queries for functions that scale scores by 1 / sqrt(D) themselves."""
+    factor = scale * q_BRND.shape[3] ** 0.5
+    return q_BRND if math.isclose(factor, 1.0, rel_tol=1e-12) else q_BRND * factor
 
 
 def _log_sum_exp(q_BFND: Tensor, k_BKND: Tensor, text_valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid) -> Tensor:
@@ -90,23 +98,49 @@ def _log_sum_exp(q_BFND: Tensor, k_BKND: Tensor, text_valid_BL: Tensor, mask: Ma
         return scores_BNFK.masked_fill(~allowed_BFK[:, None], float("-inf")).logsumexp(dim=-1)
 
 
-def cached_attention(
-    q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor | None
-) -> Tensor:
-    """Attention of new rows over gathered keys of a cache: [B, R, N, D]; allowed None = all keys."""
-    return _attend(q_BRND, k_BKND, v_BKND, allowed_BRK)
-
-
 def masked_decode(
     q_BRND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, text_valid_BL: Tensor, tokens_BR: Tensor,
     mask: MaskSpec, grid: VideoGrid, scale: float,
 ) -> Tensor:  # fmt: skip
-    """New tokens against buffers of text and frame slots, S = L + F, masked by the rule: [B, R, N, D]."""
+    """New tokens against buffers of text and frame slots, S = L + F: [B, R, N, D].
+
+    Reads the tokens on the host, and only keys that one of them sees: in place where these adjoin.
+    """
+    rows, L, device = tokens_BR.tolist(), text_valid_BL.shape[1], q_BRND.device
+    tokens_U = tuple(sorted({token for row in rows for token in row}))
+    slots, seen_UK = _seen(mask, grid, tokens_U, L, device)
     group = q_BRND.shape[2] // k_BSMD.shape[2]
-    frames_BRF = _dense_mask(mask, grid, q_BRND.device)[tokens_BR.long()]
-    text_BRL = text_valid_BL[:, None, :].expand(-1, frames_BRF.shape[1], -1)
-    k, v = k_BSMD.repeat_interleave(group, dim=2), v_BSMD.repeat_interleave(group, dim=2)
-    return _attend(q_BRND * (scale * q_BRND.shape[3] ** 0.5), k, v, torch.cat([text_BRL, frames_BRF], dim=2))
+    k_BKND, v_BKND = (_repeat(_read(part, slots), group) for part in (k_BSMD, v_BSMD))
+    allowed_BRK = None
+    if seen_UK is not None:
+        allowed_BRK = seen_UK[torch.tensor([[tokens_U.index(token) for token in row] for row in rows], device=device)]
+    if not text_valid_BL.all():
+        text_B1K = F.pad(text_valid_BL, (0, k_BKND.shape[1] - L), value=True)[:, None]
+        allowed_BRK = text_B1K if allowed_BRK is None else allowed_BRK & text_B1K
+    return _attend(_rescale(q_BRND, scale), k_BKND, v_BKND, allowed_BRK)
+
+
+def _read(x_BSMD: Tensor, slots: slice | Tensor) -> Tensor:
+    if isinstance(slots, slice):
+        return x_BSMD[:, slots]
+    # Copied with heads first, which attention on a CPU reads twice as fast.
+    return x_BSMD.transpose(1, 2).index_select(2, slots).transpose(1, 2)
+
+
+@lru_cache(maxsize=8192)
+def _seen(
+    mask: MaskSpec, grid: VideoGrid, tokens: tuple[int, ...], text_length: int, device: torch.device
+) -> tuple[slice | Tensor, Tensor | None]:
+    """Slots that any of the tokens sees, the text's first; which each sees: bool [U, K], None = all of them."""
+    tokens_K, seen_UK = visible_keys(mask, grid, tokens)
+    places = np.concatenate([np.arange(text_length), text_length + tokens_K])
+    first, end = int(places[0]), int(places[0]) + len(places)
+    adjoining = bool((places == np.arange(first, end)).all())
+    slots = slice(first, end) if adjoining else torch.from_numpy(places).to(device)
+    if seen_UK.all():
+        return slots, None
+    text_UL = np.ones((len(tokens), text_length), dtype=bool)
+    return slots, torch.from_numpy(np.hstack([text_UL, seen_UK])).to(device)
 
 
 def _join(text_valid_BL: Tensor, allowed_RK: Tensor) -> Tensor:
@@ -117,7 +151,7 @@ def _join(text_valid_BL: Tensor, allowed_RK: Tensor) -> Tensor:
 
 def _attend(q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor | None) -> Tensor:
     mask = None if allowed_BRK is None else allowed_BRK[:, None]
-    out_BNRD = scaled_dot_product_attention(
+    out_BNRD = F.scaled_dot_product_attention(
         q_BRND.transpose(1, 2), k_BKND.transpose(1, 2), v_BKND.transpose(1, 2), attn_mask=mask
     )
     return out_BNRD.transpose(1, 2)
