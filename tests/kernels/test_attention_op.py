@@ -87,6 +87,27 @@ def test_triton_runs_only_the_kernels_that_gradients_need(monkeypatch: pytest.Mo
     assert case.text_k.grad is None and case.k.grad is not None
 
 
+def test_not_being_deterministic_takes_the_kernel_of_five_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megacog_kernels.attention.calls import Call
+
+    launched: list[bool] = []
+    run = Call.run
+
+    def spy(call: Call) -> None:
+        launched.append(call.constants.get("GRAD_Q"))
+        run(call)
+
+    monkeypatch.setattr(Call, "run", spy)
+    case = make_case(WINDOW, GRID)
+    leaves = [part.detach().requires_grad_() for part in case.tensors]
+    case.q, case.k, case.v, case.text_k, case.text_v = leaves
+    out = attend(case, "triton", deterministic=False).frames
+    assert launched == [None]
+    for mine, theirs in zip(torch.autograd.grad(out, leaves, case.grad_out), expected(case).gradients, strict=True):
+        assert error(mine, theirs) < 1e-5
+    assert launched[1:] == [False, True, True]  # delta only; then both key kernels add to the gradient of q
+
+
 def test_triton_compiles_with_the_model_around_it() -> None:
     case = make_case(WINDOW, GRID)
     q = case.q.detach().requires_grad_()
@@ -108,7 +129,7 @@ def test_triton_operator_keeps_the_rules_of_operators() -> None:
     leaves = [part.detach().clone().requires_grad_() for part in case.tensors]
     torch.library.opcheck(
         torch.ops.megacog.attend.default,
-        (*leaves, case.text_valid, code, 0.25),
+        (*leaves, case.text_valid, code, 0.25, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

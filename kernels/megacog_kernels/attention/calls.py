@@ -69,9 +69,7 @@ def forward_call(inputs: Inputs, out: Tensor, lse: Tensor, configuration: Config
     """Fills out [B, R, N, D] and lse fp32 [B, N, R] (log2-sum-exp2)."""
     from megacog_kernels.attention.forward import attention_forward
 
-    table = inputs.tables(configuration)
-    arguments = _query_side(inputs, table) | _tensors(out=out) | {"lse": lse}
-    return _call(attention_forward, inputs, table, configuration, arguments, by_key=False)
+    return _query_call(attention_forward, inputs, configuration, _tensors(out=out) | {"lse": lse}, {})
 
 
 def backward_query_call(
@@ -86,12 +84,10 @@ def backward_query_call(
     """Fills delta fp32 [B, N, R], and grad_q [B, R, N, D] unless None."""
     from megacog_kernels.attention.backward import attention_backward_query
 
-    table = inputs.tables(configuration)
-    arguments = _query_side(inputs, table) | {"lse": lse, "delta": delta, "softmax_scale": inputs.scale}
-    arguments |= _tensors(out=out, grad_out=grad_out, grad_q=out if grad_q is None else grad_q)
-    call = _call(attention_backward_query, inputs, table, configuration, arguments, by_key=False)
-    call.constants["GRAD_Q"] = grad_q is not None
-    return call
+    tensors = _tensors(out=out, grad_out=grad_out, grad_q=out if grad_q is None else grad_q)
+    tensors |= {"lse": lse, "delta": delta, "softmax_scale": inputs.scale}
+    constants = {"GRAD_Q": True} if grad_q is not None else {"GRAD_Q": False, "FRAMES": False, **_NO_MASK}
+    return _query_call(attention_backward_query, inputs, configuration, tensors, constants)
 
 
 def backward_key_call(
@@ -103,54 +99,67 @@ def backward_key_call(
     grad_v: Tensor,
     configuration: Configuration,
     text: bool,
+    add_grad_q: Tensor | None = None,
 ) -> Call:
-    """Fills the gradients of the text's or of the frames' keys and values."""
+    """Fills the gradients of the text's or of the frames' keys and values; adds to add_grad_q [B, R, N, D] if given.
+
+    add_grad_q is fp32, gets its parts in any order, and still lacks the factor `inputs.scale`.
+    """
     from megacog_kernels.attention.backward import attention_backward_key
 
     table = inputs.tables(configuration)
     k, v = (inputs.text_k, inputs.text_v) if text else (inputs.frame_k, inputs.frame_v)
     assert k is not None and v is not None
+    grad_q = lse.new_empty(1, 1, 1, 1) if add_grad_q is None else add_grad_q
+    arguments = _tensors(q=inputs.q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v, grad_q=grad_q)
+    arguments |= table.by_key | {"lse": lse, "delta": delta, "softmax_scale": inputs.scale}
     key_tiles = -(-k.shape[1] // configuration.tile_k) if text else len(table.plan.key.count)
-    arguments = _tensors(q=inputs.q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v) | table.by_key
-    arguments |= {"text_valid": inputs.text_valid.view(torch.uint8), "lse": lse, "delta": delta}
-    arguments |= {"key_rows": table.key_rows, "key_count": table.key_count, "softmax_scale": inputs.scale}
-    arguments |= {"query_rows": table.query_rows, "query_count": table.query_count, "words": table.words}
-    arguments |= {"key_words": table.key_words, "key_tiles": key_tiles, "key_heads": k.shape[2]}
-    arguments |= {"keys_total": k.shape[1]}
-    call = _call(attention_backward_key, inputs, table, configuration, arguments, by_key=True)
-    call.constants["TEXT"] = text
-    return call
+    arguments |= {"key_count": table.key_count, "keys_total": k.shape[1]}
+    arguments |= {"key_tiles": key_tiles, "key_heads": k.shape[2]}
+    constants = {"TEXT": text, "GRAD_Q": add_grad_q is not None, "GROUP": inputs.q.shape[2] // k.shape[2]}
+    constants |= _NO_MASK if text else {}
+    return _call(attention_backward_key, inputs, configuration, arguments, constants, key_tiles * k.shape[2])
 
 
-def _query_side(inputs: Inputs, table: Tables) -> dict[str, Any]:
+def _query_call(
+    kernel: Any, inputs: Inputs, configuration: Configuration, tensors: dict[str, Any], constants: dict[str, Any]
+) -> Call:
+    """A call with a program per query tile and head."""
+    table = inputs.tables(configuration)
     frame_k = inputs.text_k if inputs.frame_k is None else inputs.frame_k
     frame_v = inputs.text_v if inputs.frame_v is None else inputs.frame_v
-    arguments = _tensors(q=inputs.q, k=frame_k, v=frame_v, text_k=inputs.text_k, text_v=inputs.text_v) | table.by_query
-    arguments |= {"text_valid": inputs.text_valid.view(torch.uint8), "text_length": inputs.text_k.shape[1]}
-    arguments |= {"query_rows": table.query_rows, "query_count": table.query_count, "words": table.words}
-    arguments |= {"key_rows": table.key_rows, "key_words": table.key_words, "key_tokens": frame_k.shape[1]}
-    return arguments | {"heads": inputs.q.shape[2]}
+    arguments = _tensors(q=inputs.q, k=frame_k, v=frame_v, text_k=inputs.text_k, text_v=inputs.text_v)
+    arguments |= tensors | table.by_query
+    arguments |= {"text_length": inputs.text_k.shape[1], "key_tokens": frame_k.shape[1]}
+    heads = inputs.q.shape[2]
+    arguments |= {"heads": heads, "group": heads // inputs.text_k.shape[2]}
+    options = {"FRAMES": inputs.frame_k is not None} | constants
+    return _call(kernel, inputs, configuration, arguments, options, len(table.plan.query.count) * heads)
 
 
 def _call(
-    kernel: Any, inputs: Inputs, table: Tables, configuration: Configuration, arguments: dict[str, Any], by_key: bool
+    kernel: Any,
+    inputs: Inputs,
+    configuration: Configuration,
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    programs: int,
 ) -> Call:
-    B, R, N, D = inputs.q.shape
+    """A call with the arguments that all kernels take; `programs` per sample."""
+    (B, R, _, D), table = inputs.q.shape, inputs.tables(configuration)
     plan, box = table.plan, table.plan.box
-    query_tiles = len(plan.query.count)
-    arguments |= {"scale": inputs.scale * LOG2_E, "rows_total": R, "query_tiles": query_tiles}
-    group = N // inputs.text_k.shape[2]
+    arguments |= {"text_valid": inputs.text_valid.view(torch.uint8), "words": table.words}
+    arguments |= {"query_rows": table.query_rows, "query_count": table.query_count}
+    arguments |= {"key_rows": table.key_rows, "key_words": table.key_words}
+    arguments |= {"scale": inputs.scale * LOG2_E, "rows_total": R, "query_tiles": len(plan.query.count)}
     arguments |= {"box_constant": box.constant if box else 0, "box_guards": box.guards if box else 0}
-    constants = {"HEAD_DIM": D, "TILE_Q": configuration.tile_q, "TILE_K": configuration.tile_k}
-    constants |= {"CONTIGUOUS": table.contiguous, "BOX": box is not None, "SIMPLE": plan.simple}
-    if by_key:
-        constants["GROUP"] = group
-        programs = arguments["key_tiles"] * arguments["key_heads"] * B
-    else:
-        arguments["group"] = group
-        constants["FRAMES"] = inputs.frame_k is not None
-        programs = query_tiles * N * B
-    return Call(kernel, arguments, constants, programs, configuration)
+    given = {"HEAD_DIM": D, "TILE_Q": configuration.tile_q, "TILE_K": configuration.tile_k}
+    given |= {"CONTIGUOUS": table.contiguous, "BOX": box is not None, "SIMPLE": plan.simple}
+    return Call(kernel, arguments, given | constants, programs * B, configuration)
+
+
+_NO_MASK = {"BOX": False, "SIMPLE": True}
+"""Constants of calls that evaluate no mask, so that they are compiled once for all masks."""
 
 
 def _tensors(**named: Tensor) -> dict[str, Any]:
@@ -195,19 +204,33 @@ class Gradients:
 
 
 def run_backward(
-    inputs: Inputs, out: Tensor, lse: Tensor, grad_out: Tensor, needed: Needed, chosen: Configurations
+    inputs: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    needed: Needed,
+    chosen: Configurations,
+    deterministic: bool,
 ) -> Gradients:
-    """The needed gradients, in the dtypes of their tensors."""
+    """The needed gradients, in the dtypes of their tensors.
+
+    Where all are needed, not being deterministic saves two of seven matrix products and costs a buffer
+    of q's shape in fp32.
+    """
 
     def empty(like: Tensor | None, wanted: bool) -> Tensor | None:
         return torch.empty(like.shape, dtype=like.dtype, device=like.device) if wanted and like is not None else None
 
     delta = torch.empty_like(lse)
-    grad_q = empty(inputs.q, needed.q)
+    everything = needed.q and needed.frames and (needed.text or inputs.text_k.shape[1] == 0)
+    added = None if deterministic or not everything else torch.zeros_like(inputs.q, dtype=torch.float32)
+    grad_q = empty(inputs.q, needed.q and added is None)
     backward_query_call(inputs, out, grad_out, lse, delta, grad_q, chosen.query).run()
     frame_k, frame_v = empty(inputs.frame_k, needed.frames), empty(inputs.frame_v, needed.frames)
     text_k, text_v = empty(inputs.text_k, needed.text), empty(inputs.text_v, needed.text)
     for text, grad_k, grad_v in ((True, text_k, text_v), (False, frame_k, frame_v)):
         if grad_k is not None and grad_v is not None:
-            backward_key_call(inputs, grad_out, lse, delta, grad_k, grad_v, chosen.key, text).run()
+            backward_key_call(inputs, grad_out, lse, delta, grad_k, grad_v, chosen.key, text, added).run()
+    if added is not None:
+        grad_q = (added * inputs.scale).to(inputs.q.dtype)
     return Gradients(grad_q, frame_k, frame_v, text_k, text_v)

@@ -52,7 +52,7 @@ _SPARSE_64 = Configurations(
 )
 _DENSE_64 = Configurations(
     forward=Configuration(128, 64, 8, 3, resident=2),
-    query=Configuration(128, 64, 8, 2, resident=2),
+    query=Configuration(64, 64, 4, 2, resident=3),
     key=Configuration(64, 128, 8, 2, resident=1),
 )
 _BOTH_128 = Configurations(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megacog_kernels.attention.tile import sees, words_of
+from megacog_kernels.attention.tile import NOT_SPECIALIZED, sees, words_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def decode_partial(
     q, k, v, text_valid, tokens, slot_of, parts, statistics, words, start, end, visited, key_rows, key_count,
     key_words, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, tokens_batch, tokens_row,

@@ -8,7 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megacog_kernels.attention.tile import load_rows, query_words, rows_of, sees, store_rows, words_of
+from megacog_kernels.attention.tile import (
+    NOT_SPECIALIZED,
+    load_rows,
+    place,
+    query_words,
+    rows_of,
+    sees,
+    store_rows,
+    text_tile,
+    words_of,
+)
 
 
 @triton.jit
@@ -21,7 +31,7 @@ def _accumulate(scores, v, maximum, total, acc, scale):
     return new_maximum, total * decay + tl.sum(weights, 1), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def attention_forward(
     q, k, v, text_k, text_v, text_valid, out, lse, order, query_rows, query_count, words, start, partial, end,
     visited, key_rows, key_words, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
@@ -36,12 +46,10 @@ def attention_forward(
     [B, L, N / group, D]; text_valid uint8 [B, L]; lse fp32 [B, N, R]; tables of tile_plan. `scale`
     includes log2(e). FRAMES False: there are no frame keys.
     """
-    program = tl.program_id(0)
-    tile = tl.load(order + program % query_tiles)
-    batch = (program // query_tiles // heads).to(tl.int64)
-    head = program // query_tiles % heads
+    number, batch, head = place(query_tiles, heads)
+    tile = tl.load(order + number)
     slots = tile * TILE_Q + tl.arange(0, TILE_Q)
-    rows = tl.load(query_rows + slots)
+    rows = rows_of(query_rows, slots, rows_total, CONTIGUOUS)
     query = load_rows(q + batch * q_batch + head * q_head, rows, q_row, HEAD_DIM)
     key_head = head // group
 
@@ -54,10 +62,7 @@ def attention_forward(
     text_v += batch * text_v_batch + key_head * text_v_head
     text_valid += batch * text_length
     for first_key in range(0, text_length, TILE_K):
-        at = first_key + tl.arange(0, TILE_K)
-        inside = at < text_length
-        valid = tl.load(text_valid + at, mask=inside, other=0) != 0
-        at = tl.minimum(at, text_length - 1)
+        at, valid = text_tile(text_valid, first_key, text_length, TILE_K)
         scores = tl.dot(query, tl.trans(load_rows(text_k, at, text_k_row, HEAD_DIM)), input_precision="ieee")
         scores = tl.where(valid[None, :], scores, float("-inf"))
         value = load_rows(text_v, at, text_v_row, HEAD_DIM)
@@ -66,25 +71,18 @@ def attention_forward(
     if FRAMES:
         k += batch * k_batch + key_head * k_head
         v += batch * v_batch + key_head * v_head
-        first_partial = tl.load(partial + tile)
-        for entry in range(tl.load(start + tile), first_partial):
-            key_slots = tl.load(visited + entry) * TILE_K + tl.arange(0, TILE_K)
-            at = rows_of(key_rows, key_slots, key_tokens, CONTIGUOUS)
-            scores = tl.dot(query, tl.trans(load_rows(k, at, k_row, HEAD_DIM)), input_precision="ieee")
-            value = load_rows(v, at, v_row, HEAD_DIM)
-            maximum, total, acc = _accumulate(scores, value, maximum, total, acc, scale)
-
         point, last, before, first = query_words(words, slots, query_tiles * TILE_Q, SIMPLE)
-        for entry in range(first_partial, tl.load(end + tile)):
+        first_partial = tl.load(partial + tile)
+        for entry in range(tl.load(start + tile), tl.load(end + tile)):
             key_slots = tl.load(visited + entry) * TILE_K + tl.arange(0, TILE_K)
             at = rows_of(key_rows, key_slots, key_tokens, CONTIGUOUS)
             scores = tl.dot(query, tl.trans(load_rows(k, at, k_row, HEAD_DIM)), input_precision="ieee")
-            key = words_of(key_words, key_slots, BOX)[None, :]
-            allowed = sees(
-                point[:, None], last[:, None], before[:, None], first[:, None], key, box_constant, box_guards,
-                BOX, SIMPLE,
-            )
-            scores = tl.where(allowed, scores, float("-inf"))
+            if entry >= first_partial:
+                allowed = sees(
+                    point[:, None], last[:, None], before[:, None], first[:, None],
+                    words_of(key_words, key_slots, BOX)[None, :], box_constant, box_guards, BOX, SIMPLE,
+                )
+                scores = tl.where(allowed, scores, float("-inf"))
             value = load_rows(v, at, v_row, HEAD_DIM)
             maximum, total, acc = _accumulate(scores, value, maximum, total, acc, scale)
 

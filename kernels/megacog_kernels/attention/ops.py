@@ -44,11 +44,12 @@ def attention(
     text_q: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
     implementation: Implementation = "auto",
 ) -> AttentionOutput:
     """One softmax of every frame query over the valid text keys and the frame keys that the mask shows it.
 
-    Gradients are bitwise the same in every run; only those that are needed are computed.
+    Only gradients that are needed are computed.
 
     Args:
         q: [B, F, N, D], F = grid.tokens in frame-major raster order. As all of q, k, v and text: any
@@ -61,6 +62,8 @@ def attention(
             queries only.
         scale: Factor of the scores; None = 1 / sqrt(D).
         return_lse: Also the log-sum-exp.
+        deterministic: Triton's gradients are bitwise the same in every run; False lets that of q be summed
+            in any order, with less work.
         implementation: `auto` runs Triton where it can; `triton` insists on it.
 
     Raises:
@@ -82,7 +85,7 @@ def attention(
         return AttentionOutput(out, text, lse)
     _check_strides(q=q, k=k, v=v, text_k=text_k, text_v=text_v)
     code = _encode(mask, grid)
-    out, lse2 = torch.ops.megacog.attend(q, k, v, text_k, text_v, text_valid.contiguous(), code, scale)
+    out, lse2 = torch.ops.megacog.attend(q, k, v, text_k, text_v, text_valid.contiguous(), code, scale, deterministic)
     return AttentionOutput(out, text, lse2.detach() * math.log(2) if return_lse else None)
 
 
@@ -116,7 +119,7 @@ def text_attention(
     if choose(implementation, q.device, q.dtype, D) == "reference":
         return grouped_text_attention(q, k, v, valid, scale)
     _check_strides(q=q, k=k, v=v)
-    out: Tensor = torch.ops.megacog.attend(q, None, None, k, v, valid.contiguous(), [], scale)[0]
+    out: Tensor = torch.ops.megacog.attend(q, None, None, k, v, valid.contiguous(), [], scale, True)[0]
     return out
 
 
@@ -264,6 +267,7 @@ def _attend(
     text_valid: Tensor,
     code: Sequence[int],
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, R, N, D] and log2-sum-exp2 fp32 [B, N, R]; without k and v the rows are text."""
     from megacog_kernels.attention.calls import run_forward
@@ -272,7 +276,9 @@ def _attend(
 
 
 @_attend.register_fake
-def _(q: Tensor, k: Any, v: Any, text_k: Any, text_v: Any, text_valid: Any, code: Any, scale: Any) -> Any:
+def _(
+    q: Tensor, k: Any, v: Any, text_k: Any, text_v: Any, text_valid: Any, code: Any, scale: Any, deterministic: Any
+) -> Any:  # fmt: skip
     B, R, N, D = q.shape
     return q.new_empty(B, R, N, D), q.new_empty(B, N, R, dtype=torch.float32)
 
@@ -290,6 +296,7 @@ def _attend_backward(
     text_valid: Tensor,
     code: Sequence[int],
     scale: float,
+    deterministic: bool,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, text_k and text_v; `needed` for q, frames and text. Empty where not needed."""
@@ -298,7 +305,7 @@ def _attend_backward(
     inputs, chosen = _prepare(q, k, v, text_k, text_v, text_valid, code, scale)
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    got = run_backward(inputs, out, lse, grad_out, Needed(*needed), chosen)
+    got = run_backward(inputs, out, lse, grad_out, Needed(*needed), chosen, deterministic)
     gradients = (got.q, got.frame_k, got.frame_v, got.text_k, got.text_v)
     first, second, third, fourth, fifth = (q.new_empty(0) if part is None else part for part in gradients)
     return first, second, third, fourth, fifth
@@ -307,7 +314,7 @@ def _attend_backward(
 @_attend_backward.register_fake
 def _(
     grad_out: Any, out: Any, lse: Any, q: Tensor, k: Tensor | None, v: Tensor | None, text_k: Tensor, text_v: Tensor,
-    text_valid: Any, code: Any, scale: Any, needed: Sequence[bool],
+    text_valid: Any, code: Any, scale: Any, deterministic: Any, needed: Sequence[bool],
 ) -> Any:  # fmt: skip
     wanted = (needed[0], needed[1], needed[1], needed[2], needed[2])
     parts = zip((q, k, v, text_k, text_v), wanted, strict=True)
@@ -315,7 +322,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.code, ctx.scale = inputs
+    *tensors, ctx.code, ctx.scale, ctx.deterministic = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
@@ -323,9 +330,10 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     *tensors, out, lse = ctx.saved_tensors
     q, k, v, text_k, text_v = ctx.needs_input_grad[:5]
     needed = [q, k or v, text_k or text_v]
-    gradients = torch.ops.megacog.attend_backward(grad_out, out, lse, *tensors, ctx.code, ctx.scale, needed)
+    options = (ctx.code, ctx.scale, ctx.deterministic, needed)
+    gradients = torch.ops.megacog.attend_backward(grad_out, out, lse, *tensors, *options)
     wanted = zip(gradients, (q, k, v, text_k, text_v), strict=True)
-    return (*(part if want else None for part, want in wanted), None, None, None)
+    return (*(part if want else None for part, want in wanted), None, None, None, None)
 
 
 _attend.register_autograd(_backward, setup_context=_save)

@@ -1,9 +1,23 @@
-"""What the attention kernels share: loads of rows, and the mask inside of a tile."""
+"""What the attention kernels share: loads of rows, lists of tiles, and the mask inside of a tile."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+NOT_SPECIALIZED = [
+    "text_length", "rows_total", "keys_total", "key_tokens", "query_tiles", "key_tiles", "heads", "key_heads", "group",
+    "box_constant", "box_guards", "text_tiles", "total_slots", "new_rows",
+]  # fmt: skip
+"""Numbers that change with grid, batch and text: kernels are not compiled anew for them."""
+
+
+@triton.jit
+def place(tiles, heads):
+    """Number in the order of tiles, sample and head of this program."""
+    program = tl.program_id(0)
+    return program % tiles, (program // tiles // heads).to(tl.int64), program // tiles % heads
 
 
 @triton.jit
@@ -30,11 +44,11 @@ def rows_of(table, slots, tokens, CONTIGUOUS: tl.constexpr):
 
 
 @triton.jit
-def words_of(table, slots, BOX: tl.constexpr):
-    """Words of key slots (see layout.py)."""
-    if BOX:
-        return tl.load(table + slots)
-    return slots
+def text_tile(text_valid, first_key, text_length, TILE_K: tl.constexpr):
+    """Rows of one tile of the text, and which of them are valid keys."""
+    at = first_key + tl.arange(0, TILE_K)
+    valid = tl.load(text_valid + at, mask=at < text_length, other=0) != 0
+    return tl.minimum(at, text_length - 1), valid
 
 
 @triton.jit
@@ -45,6 +59,14 @@ def query_words(table, slots, total, SIMPLE: tl.constexpr):
     if SIMPLE:
         return point, last, point, point
     return point, last, tl.load(table + 2 * total + slots), tl.load(table + 3 * total + slots)
+
+
+@triton.jit
+def words_of(table, slots, BOX: tl.constexpr):
+    """Words of key slots (see layout.py)."""
+    if BOX:
+        return tl.load(table + slots)
+    return slots
 
 
 @triton.jit
