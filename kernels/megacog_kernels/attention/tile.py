@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 NOT_SPECIALIZED = [
     "text_length", "rows_total", "keys_total", "key_tokens", "query_tiles", "key_tiles", "heads", "key_heads", "group",
     "box_constant", "box_guards", "text_tiles", "total_slots", "new_rows",
