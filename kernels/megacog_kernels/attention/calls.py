@@ -69,7 +69,7 @@ def forward_call(inputs: Inputs, out: Tensor, lse: Tensor, configuration: Config
     """Fills out [B, R, N, D] and lse fp32 [B, N, R] (log2-sum-exp2)."""
     from megacog_kernels.attention.forward import attention_forward
 
-    return _query_call(attention_forward, inputs, configuration, _tensors(out=out) | {"lse": lse}, {})
+    return _query_call(attention_forward, inputs, configuration, strided(out=out) | {"lse": lse}, {})
 
 
 def backward_query_call(
@@ -84,7 +84,7 @@ def backward_query_call(
     """Fills delta fp32 [B, N, R], and grad_q [B, R, N, D] unless None."""
     from megacog_kernels.attention.backward import attention_backward_query
 
-    tensors = _tensors(out=out, grad_out=grad_out, grad_q=out if grad_q is None else grad_q)
+    tensors = strided(out=out, grad_out=grad_out, grad_q=out if grad_q is None else grad_q)
     tensors |= {"lse": lse, "delta": delta, "softmax_scale": inputs.scale}
     constants = {"GRAD_Q": True} if grad_q is not None else {"GRAD_Q": False, "FRAMES": False, **_NO_MASK}
     return _query_call(attention_backward_query, inputs, configuration, tensors, constants)
@@ -111,7 +111,7 @@ def backward_key_call(
     k, v = (inputs.text_k, inputs.text_v) if text else (inputs.frame_k, inputs.frame_v)
     assert k is not None and v is not None
     grad_q = lse.new_empty(1, 1, 1, 1) if add_grad_q is None else add_grad_q
-    arguments = _tensors(q=inputs.q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v, grad_q=grad_q)
+    arguments = strided(q=inputs.q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v, grad_q=grad_q)
     arguments |= table.by_key | {"lse": lse, "delta": delta, "softmax_scale": inputs.scale}
     key_tiles = -(-k.shape[1] // configuration.tile_k) if text else len(table.plan.key.count)
     arguments |= {"key_count": table.key_count, "keys_total": k.shape[1]}
@@ -128,7 +128,7 @@ def _query_call(
     table = inputs.tables(configuration)
     frame_k = inputs.text_k if inputs.frame_k is None else inputs.frame_k
     frame_v = inputs.text_v if inputs.frame_v is None else inputs.frame_v
-    arguments = _tensors(q=inputs.q, k=frame_k, v=frame_v, text_k=inputs.text_k, text_v=inputs.text_v)
+    arguments = strided(q=inputs.q, k=frame_k, v=frame_v, text_k=inputs.text_k, text_v=inputs.text_v)
     arguments |= tensors | table.by_query
     arguments |= {"text_length": inputs.text_k.shape[1], "key_tokens": frame_k.shape[1]}
     heads = inputs.q.shape[2]
@@ -162,7 +162,7 @@ _NO_MASK = {"BOX": False, "SIMPLE": True}
 """Constants of calls that evaluate no mask, so that they are compiled once for all masks."""
 
 
-def _tensors(**named: Tensor) -> dict[str, Any]:
+def strided(**named: Tensor) -> dict[str, Any]:
     """Tensors [B, rows, heads, D] and their strides, by the names of the kernels' arguments."""
     arguments: dict[str, Any] = {}
     for name, tensor in named.items():

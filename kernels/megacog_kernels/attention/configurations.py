@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megacog_kernels.attention.layout import positions
+from megacog_kernels.grid import MaskSpec
 
 @dataclass(frozen=True)
 class Configuration:
@@ -80,13 +82,18 @@ _BLACKWELL_64 = Configurations(
 _FLOAT32 = Configurations(*[Configuration(32, 32, 4, 1, resident=1)] * 3)
 
 
+def is_dense(mask: MaskSpec) -> bool:
+    """Full space in an order that needs one interval of keys: nearly all pairs of tiles are full."""
+    return mask.space.kind == "full" and positions(mask.order).simple
+
+
 def configurations(head_dim: int, dtype: torch.dtype, dense: bool, capability: int) -> Configurations:
     """What a call with this head dim and dtype uses.
 
     Args:
         head_dim, dtype: Of q.
-        dense: Full space in simple order. Sparse masks take smaller query tiles, because fewer of their
-            pairs are wasted.
+        dense: See `is_dense`. Sparse masks take smaller query tiles, because fewer of their pairs are
+            wasted.
         capability: Major compute capability of the device.
     """
     if dtype == torch.float32:

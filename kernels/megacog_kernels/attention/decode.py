@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megacog_kernels.attention.calls import strided
 from megacog_kernels.attention.plan import tile_plan
 from megacog_kernels.attention.tables import Tables, tables
 from megacog_kernels.grid import MaskSpec, VideoGrid
+from megacog_kernels.launch import Call, Warps
 
 TILE_Q, TILE_K = 16, 64
 
@@ -37,25 +39,43 @@ def decode(
     scale: float, splits: int,
 ) -> Tensor:  # fmt: skip
     """See `decode_attention` of ops.py, which checks the arguments."""
-    from megacog_kernels.attention.decode_kernels import decode_join, decode_partial
-
     B, R, N, D = q.shape
-    table: Tables = tables(mask, grid, TILE_Q, TILE_K, q.device)
-    plan, visits = table.plan, table.by_query
     parts = torch.empty(B * R * N, splits, D, dtype=torch.float32, device=q.device)
     statistics = torch.empty(B * R * N, splits, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(B, R, N, D, dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out
-    L = text_valid.shape[1]
-    decode_partial[(B * R * N * splits,)](
-        q, k, v, text_valid.view(torch.uint8), tokens, _slot_of(mask, grid, q.device), parts, statistics, table.words,
-        visits["start"], visits["end"], visits["visited"], table.key_rows, table.key_count, table.key_words,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *tokens.stride(),
-        scale * math.log2(math.e), L, -(-L // TILE_K), plan.query.rows.size, R, N, N // k.shape[2],
-        plan.box.constant if plan.box else 0, plan.box.guards if plan.box else 0,
-        HEAD_DIM=D, TILE_Q=TILE_Q, TILE_K=TILE_K, SPLITS=splits, BOX=plan.box is not None, SIMPLE=plan.simple,
-        num_warps=4,
-    )  # fmt: skip
-    decode_join[(B * R * N,)](parts, statistics, out, HEAD_DIM=D, SPLITS=splits, num_warps=1)
+    partial_call(q, k, v, text_valid, tokens, mask, grid, scale, parts, statistics).run()
+    join_call(parts, statistics, out).run()
     return out
+
+
+def partial_call(
+    q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor, tokens: Tensor, mask: MaskSpec, grid: VideoGrid,
+    scale: float, parts: Tensor, statistics: Tensor,
+) -> Call:  # fmt: skip
+    """Fills parts fp32 [B * R * N, splits, D] and statistics fp32 [B * R * N, splits, 2]."""
+    from megacog_kernels.attention.decode_kernels import decode_partial
+
+    (_, R, N, D), splits = q.shape, parts.shape[1]
+    table: Tables = tables(mask, grid, TILE_Q, TILE_K, q.device)
+    plan, visits, L = table.plan, table.by_query, text_valid.shape[1]
+    arguments = strided(q=q, k=k, v=v) | {"text_valid": text_valid.view(torch.uint8), "tokens": tokens}
+    arguments |= {"tokens_batch": tokens.stride(0), "tokens_row": tokens.stride(1)}
+    arguments |= {"slot_of": _slot_of(mask, grid, q.device), "parts": parts, "statistics": statistics}
+    arguments |= {"words": table.words, "key_words": table.key_words}
+    arguments |= {"key_rows": table.key_rows, "key_count": table.key_count}
+    arguments |= {name: visits[name] for name in ("start", "end", "visited")}
+    arguments |= {"scale": scale * math.log2(math.e), "text_length": L, "text_tiles": -(-L // TILE_K)}
+    arguments |= {"total_slots": plan.query.rows.size, "new_rows": R, "heads": N, "group": N // k.shape[2]}
+    arguments |= {"box_constant": plan.box.constant if plan.box else 0, "box_guards": plan.box.guards if plan.box else 0}
+    constants = {"HEAD_DIM": D, "TILE_Q": TILE_Q, "TILE_K": TILE_K, "SPLITS": splits}
+    constants |= {"BOX": plan.box is not None, "SIMPLE": plan.simple}
+    return Call(decode_partial, arguments, constants, parts.shape[0] * splits, Warps(4, resident=4))
+
+
+def join_call(parts: Tensor, statistics: Tensor, out: Tensor) -> Call:
+    """Fills out [B, R, N, D], contiguous."""
+    from megacog_kernels.attention.decode_kernels import decode_join
+
+    items, splits, head_dim = parts.shape
+    arguments = {"parts": parts, "statistics": statistics, "out": out}
+    return Call(decode_join, arguments, {"HEAD_DIM": head_dim, "SPLITS": splits}, items, Warps(1, resident=16))

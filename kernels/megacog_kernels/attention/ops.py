@@ -247,14 +247,12 @@ def _prepare(
 ) -> tuple[Any, Any]:  # fmt: skip
     """The kernels' inputs and configurations. Imports Triton, which only this path needs."""
     from megacog_kernels.attention.calls import Inputs, text_rows
-    from megacog_kernels.attention.configurations import configurations
-    from megacog_kernels.attention.layout import positions
+    from megacog_kernels.attention.configurations import configurations, is_dense
 
     mask, grid = _decode(code) if code else text_rows(q.shape[1])
-    dense = bool(code) and mask.space.kind == "full" and positions(mask.order).simple
     inputs = Inputs(q, k, v, text_k, text_v, text_valid, mask, grid, scale)
     capability = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
-    return inputs, configurations(q.shape[3], q.dtype, dense, capability)
+    return inputs, configurations(q.shape[3], q.dtype, bool(code) and is_dense(mask), capability)
 
 
 @torch.library.custom_op("megacog::attend", mutates_args=())
