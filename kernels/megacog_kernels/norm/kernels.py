@@ -19,28 +19,28 @@ def _load(pointer, at, inside):
 
 
 @triton.jit
-def _statistics(value, inside, width, eps):
+def _statistics(value, inside, eps, WIDTH: tl.constexpr):
     """Mean of a row and 1 / deviation, in two passes over registers: no cancellation."""
-    mean = tl.sum(value, 0) / width
+    mean = tl.sum(value, 0) / WIDTH
     centered = tl.where(inside, value - mean, 0.0)
-    return mean, 1.0 / tl.sqrt(tl.sum(centered * centered, 0) / width + eps)
+    return mean, 1.0 / tl.sqrt(tl.sum(centered * centered, 0) / WIDTH + eps)
 
 
 @triton.jit
 def norm_forward(
-    x, y, weight_a, bias_a, weight_b, bias_b, out, normed, statistics, rows_per_program, rows, width, eps,
-    BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr,
+    x, y, weight_a, bias_a, weight_b, bias_b, out, normed, statistics, rows_per_program, rows, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr,
 ):
     """Fills out if RESIDUAL, normed if NORMED, and the statistics."""
     channel = tl.arange(0, BLOCK)
-    inside = channel < width
+    inside = channel < WIDTH
     first = tl.program_id(0) * rows_per_program
-    at = first.to(tl.int64) * width + channel
+    at = first.to(tl.int64) * WIDTH + channel
     statistics += first * 2 * (RESIDUAL + NORMED)
     for _ in range(first, tl.minimum(first + rows_per_program, rows)):
         value = _load(y, at, inside)
         if RESIDUAL:
-            mean, rstd = _statistics(value, inside, width, eps)
+            mean, rstd = _statistics(value, inside, eps, WIDTH)
             tl.store(statistics, mean)
             tl.store(statistics + 1, rstd)
             value = (value - mean) * rstd * _load(weight_a, channel, inside) + _load(bias_a, channel, inside)
@@ -49,26 +49,26 @@ def norm_forward(
             tl.store(out + at, rounded, mask=inside)
             value = tl.where(inside, rounded.to(tl.float32), 0.0)
         if NORMED:
-            mean, rstd = _statistics(value, inside, width, eps)
+            mean, rstd = _statistics(value, inside, eps, WIDTH)
             tl.store(statistics + 2 * RESIDUAL, mean)
             tl.store(statistics + 2 * RESIDUAL + 1, rstd)
             value = (value - mean) * rstd * _load(weight_b, channel, inside) + _load(bias_b, channel, inside)
             tl.store(normed + at, value.to(normed.dtype.element_ty), mask=inside)
-        at += width
+        at += WIDTH
         statistics += 2 * (RESIDUAL + NORMED)
 
 
 @triton.jit
-def _grad_input(grad, hat, weight, rstd, width):
+def _grad_input(grad, hat, weight, rstd, WIDTH: tl.constexpr):
     """Gradient of a norm's input, from that of its output; weight is 0 beyond the width."""
     weighted = grad * weight
-    return (weighted - tl.sum(weighted, 0) / width - hat * (tl.sum(weighted * hat, 0) / width)) * rstd
+    return (weighted - tl.sum(weighted, 0) / WIDTH - hat * (tl.sum(weighted * hat, 0) / WIDTH)) * rstd
 
 
 @triton.jit
 def norm_backward(
     grad_out, grad_normed, out, y, weight_a, weight_b, statistics, grad_x, grad_y, partial, rows_per_program, rows,
-    width, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr, GRAD_X: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, NORMED: tl.constexpr, GRAD_X: tl.constexpr,
     GRAD_Y: tl.constexpr, GRAD_A: tl.constexpr, GRAD_B: tl.constexpr,
 ):
     """Fills the gradients that are wanted: of x, y, and of the weight and bias of norms a and b.
@@ -77,10 +77,10 @@ def norm_backward(
     weight and bias of a, then of b.
     """
     channel = tl.arange(0, BLOCK)
-    inside = channel < width
+    inside = channel < WIDTH
     program = tl.program_id(0)
     first = program * rows_per_program
-    at = first.to(tl.int64) * width + channel
+    at = first.to(tl.int64) * WIDTH + channel
     statistics += first * 2 * (RESIDUAL + NORMED)
     weight_a_sum = tl.zeros([BLOCK], tl.float32)
     bias_a_sum = tl.zeros([BLOCK], tl.float32)
@@ -97,7 +97,7 @@ def norm_backward(
             if GRAD_B:
                 weight_b_sum += grad_b * hat
                 bias_b_sum += grad_b
-            grad += _grad_input(grad_b, hat, _load(weight_b, channel, inside), rstd, width)
+            grad += _grad_input(grad_b, hat, _load(weight_b, channel, inside), rstd, WIDTH)
         if GRAD_X:
             tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
         if RESIDUAL:
@@ -107,17 +107,17 @@ def norm_backward(
                 weight_a_sum += grad * hat
                 bias_a_sum += grad
             if GRAD_Y:
-                grad = _grad_input(grad, hat, _load(weight_a, channel, inside), rstd, width)
+                grad = _grad_input(grad, hat, _load(weight_a, channel, inside), rstd, WIDTH)
         if GRAD_Y:
             tl.store(grad_y + at, grad.to(grad_y.dtype.element_ty), mask=inside)
-        at += width
+        at += WIDTH
         statistics += 2 * (RESIDUAL + NORMED)
 
-    partial += program.to(tl.int64) * (2 * (GRAD_A + GRAD_B)) * width + channel
+    partial += program.to(tl.int64) * (2 * (GRAD_A + GRAD_B)) * WIDTH + channel
     if GRAD_A:
         tl.store(partial, weight_a_sum, mask=inside)
-        tl.store(partial + width, bias_a_sum, mask=inside)
-        partial += 2 * width
+        tl.store(partial + WIDTH, bias_a_sum, mask=inside)
+        partial += 2 * WIDTH
     if GRAD_B:
         tl.store(partial, weight_b_sum, mask=inside)
-        tl.store(partial + width, bias_b_sum, mask=inside)
+        tl.store(partial + WIDTH, bias_b_sum, mask=inside)
