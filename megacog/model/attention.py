@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megacog.config.schema import ModelConfig
 from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megacog.parallel.tensor import TensorParallel
+from megacog_kernels.mix import mix
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q, k, v rows [B, R, N, D] over whatever they see: [B, R, N, D]."""
@@ -47,8 +48,7 @@ class Gate(nn.Module):
         self.logit = nn.Parameter(torch.empty(width))
 
     def forward(self, base_BRC: Tensor, plus_BRC: Tensor) -> Tensor:
-        share_C = self.logit.sigmoid()
-        return share_C * base_BRC + (1 - share_C) * plus_BRC
+        return mix(base_BRC, plus_BRC, self.logit)
 
 
 class PlusLayer(AttentionChannel):

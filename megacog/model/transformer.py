@@ -26,6 +26,7 @@ from megacog.config.schema import ModelConfig, PlusStage, SpaceConfig, Stage
 from megacog.errors import EnvError
 from megacog.model.attention import Attend, AttentionChannel, AttentionPlus, PlusLayer
 from megacog.model.layout import StageLayout, stage_layout, text_position_ids
+from megacog.model.norm import BranchNorm, LayerNorm
 from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import TensorParallel
@@ -86,16 +87,16 @@ class Layer(nn.Module):
         super().__init__()
         self.kernels: Implementation = kernels
         norm = (config.hidden_size, config.layernorm_eps)
-        self.input_layernorm = nn.LayerNorm(*norm)
-        self.third_layernorm = nn.LayerNorm(*norm)
-        self.post_attention_layernorm = nn.LayerNorm(*norm)
-        self.fourth_layernorm = nn.LayerNorm(*norm)
+        self.input_layernorm = LayerNorm(*norm)
+        self.third_layernorm = BranchNorm(*norm)
+        self.post_attention_layernorm = LayerNorm(*norm)
+        self.fourth_layernorm = BranchNorm(*norm)
         self.attention = AttentionChannel(config, parallel)
         self.mlp = MLP(config, parallel)
 
     def _residual(self, x_BRC: Tensor, mixed_BRC: Tensor) -> Tensor:
-        x_BRC = x_BRC + self.third_layernorm(mixed_BRC)
-        return x_BRC + self.fourth_layernorm(self.mlp(self.post_attention_layernorm(x_BRC)))
+        x_BRC, normed_BRC = self.third_layernorm(x_BRC, mixed_BRC, then=self.post_attention_layernorm)
+        return self.fourth_layernorm(x_BRC, self.mlp(normed_BRC))
 
     def text_rows(self, x_BLC: Tensor, valid_BL: Tensor, plus: PlusLayer | None) -> tuple[Tensor, TextStates]:
         """The text stream through this layer: next rows, and what frame rows see of the text."""
@@ -173,7 +174,7 @@ class CogVideo(nn.Module):
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         layers = [Layer(config, self.parallel, kernels) for _ in range(config.num_layers)]
         self.layers: Sequence[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_eps)
+        self.final_layernorm = LayerNorm(config.hidden_size, config.layernorm_eps)
         self.plus = nn.ModuleDict({stage: AttentionPlus(config, self.parallel) for stage in plus})
 
     @property

@@ -58,6 +58,7 @@ def partial_call(
     (_, R, N, D), splits = q.shape, parts.shape[1]
     table: Tables = tables(mask, grid, TILE_Q, TILE_K, q.device)
     plan, visits, L = table.plan, table.by_query, text_valid.shape[1]
+    box = plan.box
     arguments = strided(q=q, k=k, v=v) | {"text_valid": text_valid.view(torch.uint8), "tokens": tokens}
     arguments |= {"tokens_batch": tokens.stride(0), "tokens_row": tokens.stride(1)}
     arguments |= {"slot_of": _slot_of(mask, grid, q.device), "parts": parts, "statistics": statistics}
@@ -66,9 +67,9 @@ def partial_call(
     arguments |= {name: visits[name] for name in ("start", "end", "visited")}
     arguments |= {"scale": scale * math.log2(math.e), "text_length": L, "text_tiles": -(-L // TILE_K)}
     arguments |= {"total_slots": plan.query.rows.size, "new_rows": R, "heads": N, "group": N // k.shape[2]}
-    arguments |= {"box_constant": plan.box.constant if plan.box else 0, "box_guards": plan.box.guards if plan.box else 0}
+    arguments |= {"box_constant": box.constant if box else 0, "box_guards": box.guards if box else 0}
     constants = {"HEAD_DIM": D, "TILE_Q": TILE_Q, "TILE_K": TILE_K, "SPLITS": splits}
-    constants |= {"BOX": plan.box is not None, "SIMPLE": plan.simple}
+    constants |= {"BOX": box is not None, "SIMPLE": plan.simple}
     return Call(decode_partial, arguments, constants, parts.shape[0] * splits, Warps(4, resident=4))
 
 
