@@ -29,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megacog_kernels.attention import attention
 from megacog_kernels.attention.plan import tile_plan
-from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, visible
+from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, rule, visible
 
 LIMIT = 1e-2
 """Relative norm of the error of bf16 results."""
@@ -193,34 +193,28 @@ def _joined(tensors: Tensors, order: Tensor | None) -> tuple[Tensor, ...]:
 def _flex(case: Case, tensors: Tensors, order: np.ndarray) -> tuple[Run, tuple[Tensor, ...], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    device, L = tensors.q.device, case.text
-    joined = _joined(tensors, torch.from_numpy(order.astype(np.int64)).to(device))
-    level = torch.tensor(case.mask.order.level, device=device)
-    is_open = torch.tensor(case.mask.order.open, device=device)
+    device = tensors.q.device
     token = torch.from_numpy(order.astype(np.int64)).to(device)
-    space, grid = case.mask.space, case.grid
-
-    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        query_token, key_token = token[(query - L).clamp(min=0)], token[(key - L).clamp(min=0)]
-        f, p, g, c = (
-            query_token // grid.cells, query_token % grid.cells, key_token // grid.cells, key_token % grid.cells
-        )  # fmt: skip
-        ordered = (level[g] < level[f]) | ((f == g) & (is_open[f] | (c <= p)))
-        ordered = ordered | ((f != g) & (level[f] == level[g]) & is_open[f] & is_open[g])
-        y, x, v, u = p // grid.width, p % grid.width, c // grid.width, c % grid.width
-        if space.kind == "frame":
-            ordered = ordered & (f == g)
-        elif space.window is not None and space.kind == "local3d":
-            ordered = ordered & ((y - v).abs() <= space.window[0] // 2) & ((x - u).abs() <= space.window[1] // 2)
-        elif space.window is not None:
-            (h, w), (sy, sx) = space.window, space.shift
-            ordered = ordered & ((y + sy) // h == (v + sy) // h) & ((x + sx) // w == (u + sx) // w)
-        return (key < L) | ((query >= L) & ordered)
-
+    joined = _joined(tensors, token)
     size = joined[0].shape[2]
-    blocks = create_block_mask(rule, None, None, size, size, device=str(device))
+    blocks = create_block_mask(flex_rule(case, token), None, None, size, size, device=str(device))
     compiled = torch.compile(flex_attention)
     return (lambda: compiled(*joined, block_mask=blocks)), joined, torch.randn_like(joined[0])
+
+
+def flex_rule(case: Case, token: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention's view of the mask over text, then frames in the order of `token` (int64 [F])."""
+    mask, grid, L = case.mask, case.grid, case.text
+    level = torch.tensor(mask.order.level, device=token.device)
+    is_open = torch.tensor(mask.order.open, device=token.device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        (f, p), (g, c) = (
+            (at // grid.cells, at % grid.cells) for at in (token[(slot - L).clamp(min=0)] for slot in (query, key))
+        )
+        return (key < L) | ((query >= L) & rule(mask.space, grid, level, is_open, f, p, g, c))
+
+    return sees
 
 
 def _reference(case: Case, tensors: Tensors) -> Tensor:

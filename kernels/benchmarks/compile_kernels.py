@@ -1,11 +1,12 @@
 """Compiles every kernel ahead of time, without a GPU, and prints registers and shared memory (docs/kernels.md).
 
     python kernels/benchmarks/compile_kernels.py [--target sm_90:bf16 ...] [--match TEXT] [--share K/N] [--json]
-    python kernels/benchmarks/compile_kernels.py --write docs/kernels.md
+    python kernels/benchmarks/compile_kernels.py --write docs/kernels.md | --check docs/kernels.md --share 6
 
 Exits with 1 when a kernel spills, lacks wgmma where it multiplies matrices on sm_90, or takes more than its
 configuration claims. Runs with the Triton that is imported; put another one first on PYTHONPATH to look at that
-one. --write replaces the table of that version; --share looks at part K of N equal parts.
+one. --write replaces the table of that version in a Markdown file; --check compares with it: what it was made
+from, and the figures. --share N compiles every N-th kernel, others whenever a kernel changes.
 """
 
 from __future__ import annotations
@@ -152,11 +153,15 @@ def faults(row: Figures) -> list[str]:
 
 
 def fingerprint() -> str:
-    """Of all sources that the figures depend on."""
-    folder = Path(megacog_kernels.__file__).parent
+    """Of all that the figures depend on: the sources of the kernels, and what they are compiled with."""
     digest = hashlib.sha256()
-    for path in [*sorted(folder.rglob("*.py")), Path(__file__)]:
-        digest.update(path.read_bytes())
+    for path in sorted(Path(megacog_kernels.__file__).parent.rglob("*.py")):
+        source = path.read_bytes()
+        if b"@triton.jit" in source:
+            digest.update(source)
+    for arch, dtype in TARGETS:
+        for name, call in variants(DTYPES[dtype], arch // 10).items():
+            digest.update(repr((arch, dtype, name, _source(call), call.configuration.options)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -185,22 +190,44 @@ def _joined(by_dtype: dict[str, str]) -> str:
     return "; ".join(f"{dtype} {text}" for dtype, text in by_dtype.items())
 
 
-def section() -> tuple[str, str]:
-    """Heading of the imported Triton's table, and the line that says what it was made from."""
+def made_from() -> str:
+    """The line that says what a table was made from."""
+    return f"Made from kernels {fingerprint()}."
+
+
+def split(path: Path) -> tuple[str, str, str, str]:
+    """A Markdown file around the imported Triton's table: what comes before, heading, section, what follows."""
     import triton
 
-    return f"### Triton {triton.__version__}", f"Sources {fingerprint()}."
+    heading = f"### Triton {triton.__version__}\n"
+    before, _, after = path.read_text(encoding="utf-8").partition(heading)
+    following = re.search(r"^##+ ", after, flags=re.MULTILINE)
+    end = following.start() if following else len(after)
+    return before, heading, after[:end], after[end:]
 
 
 def write(path: Path, rows: list[Figures]) -> None:
     """Replace the imported Triton's table in a Markdown file, or append it."""
-    heading, made_from = section()
-    text = path.read_text(encoding="utf-8")
-    before, _, after = text.partition(f"{heading}\n")
-    following = re.search(r"^##+ ", after, flags=re.MULTILINE)
-    rest = after[following.start() :] if following else ""
-    body = f"{heading}\n\n{made_from}\n\n{table(rows)}\n"
+    before, heading, _, rest = split(path)
+    body = f"{heading}\n{made_from()}\n\n{table(rows)}\n"
     path.write_text(f"{before.rstrip()}\n\n{body}" + (f"\n{rest}" if rest else ""), encoding="utf-8")
+
+
+def differences(path: Path, rows: list[Figures]) -> list[str]:
+    """Where a Markdown file's table of the imported Triton differs from what was compiled just now."""
+    _, heading, body, _ = split(path)
+    where = f"{path}, {heading.strip('# ').strip()}"
+    if made_from() not in body:
+        return [f"{where}: the kernels have changed since; make it again with --write"]
+    lines = [[text.strip() for text in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("| ")]
+    documented = {name: dict(zip(lines[0][1:], cells, strict=True)) for name, *cells in lines[1:]}
+    found = []
+    for row in rows:
+        text = documented.get(row.kernel, {}).get(f"sm_{row.arch}", "nothing")
+        parts = dict(part.split(" ", 1) for part in text.split("; ")) if text.startswith(tuple(DTYPES)) else {}
+        if parts.get(row.dtype, text) != cell(row):
+            found.append(f"{where}: {row.kernel}, sm_{row.arch} {row.dtype}: {text}; compiled just now: {cell(row)}")
+    return found
 
 
 def main() -> int:
@@ -208,25 +235,27 @@ def main() -> int:
     names = [f"sm_{arch}:{dtype}" for arch, dtype in TARGETS]
     parser.add_argument("--target", nargs="+", default=names, choices=names)
     parser.add_argument("--match", default="", help="part of a kernel's name")
-    parser.add_argument("--share", default="1/1", help="K/N: every N-th kernel, from the K-th on")
+    parser.add_argument("--share", type=int, default=1, metavar="N", help="only every N-th kernel")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this Markdown file")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="compare with the table in this Markdown file")
     args = parser.parse_args()
-    part, parts = map(int, args.share.split("/"))
     chosen = [target for target, name in zip(TARGETS, names, strict=True) if name in args.target]
     jobs = [(arch, dtype, name) for arch, dtype in chosen for name in variants(DTYPES[dtype], arch // 10)]
-    jobs = [job for job in jobs if args.match in job[2]][part - 1 :: parts]
+    jobs = [job for job in jobs if args.match in job[2]][int(fingerprint(), 16) % args.share :: args.share]
     rows = []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
         for row in pool.map(figures, jobs, chunksize=8):
             rows.append(row)
             if args.json:
                 print(json.dumps(asdict(row)), flush=True)
-    if args.write:
+    found = [fault for row in rows for fault in faults(row)]
+    if args.check:
+        found += differences(args.check, rows)
+    elif args.write:
         write(args.write, rows)
     elif not args.json:
         print(table(rows))
-    found = [fault for row in rows for fault in faults(row)]
     print("\n".join(found), file=sys.stderr)
     return 1 if found else 0
 

@@ -102,13 +102,20 @@ def visible(mask: MaskSpec, grid: VideoGrid, query_frame: Any, query_cell: Any, 
     """
     if len(mask.order.level) != grid.frames:
         raise ValueError(f"the order covers {len(mask.order.level)} frames, the grid has {grid.frames}")
-    level = np.asarray(mask.order.level)
-    is_open = np.asarray(mask.order.open)
+    order = (np.asarray(mask.order.level), np.asarray(mask.order.open))
+    return rule(mask.space, grid, *order, query_frame, query_cell, key_frame, key_cell)
+
+
+def rule(
+    space: Space, grid: VideoGrid, level: Any, is_open: Any, query_frame: Any, query_cell: Any, key_frame: Any,
+    key_cell: Any,
+) -> Any:  # fmt: skip
+    """`visible` with the order as arrays; all arrays of numpy, or all tensors of torch."""
     same_frame = query_frame == key_frame
     lower = level[key_frame] < level[query_frame]
     own = same_frame & (is_open[query_frame] | (key_cell <= query_cell))
     peers = ~same_frame & (level[key_frame] == level[query_frame]) & is_open[query_frame] & is_open[key_frame]
-    return (lower | own | peers) & _near(mask.space, grid, query_frame, query_cell, key_frame, key_cell)
+    return (lower | own | peers) & _near(space, grid, query_frame, query_cell, key_frame, key_cell)
 
 
 def _near(space: Space, grid: VideoGrid, query_frame: Any, query_cell: Any, key_frame: Any, key_cell: Any) -> Any:
@@ -116,8 +123,8 @@ def _near(space: Space, grid: VideoGrid, query_frame: Any, query_cell: Any, key_
         return True
     if space.kind == "frame":
         return query_frame == key_frame
-    query_y, query_x = np.divmod(query_cell, grid.width)
-    key_y, key_x = np.divmod(key_cell, grid.width)
+    query_y, query_x = query_cell // grid.width, query_cell % grid.width
+    key_y, key_x = key_cell // grid.width, key_cell % grid.width
     assert space.window is not None
     height, width = space.window
     if space.kind == "local3d":
