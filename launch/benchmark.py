@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = {"kernels": ROOT / "kernels/benchmarks/attention.py"}
+BENCHMARKS = {"kernels": ROOT / "kernels/benchmarks/attention.py", "tiles": ROOT / "kernels/benchmarks/sweep.py"}
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
         print(f"usage: python launch/benchmark.py {{{','.join(BENCHMARKS)}}} [--help]", file=sys.stderr)
         sys.exit(0 if "--help" in sys.argv[1:] or "-h" in sys.argv[1:] else 2)
     script = BENCHMARKS[sys.argv.pop(1)]
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    sys.path[:0] = [str(script.parent), str(ROOT), str(ROOT / "kernels")]
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -4,12 +4,13 @@
 
 Every case is checked before it is timed, and a wrong result ends the run. Times are medians in ms:
 
-- megacog: `megacog_kernels.attention`, text and frames, the case's own mask
+- megacog: `megacog_kernels.attention`, the case's own mask; "fast" lets gradients of q be summed in any order
 - cudnn: torch SDPA forced to cuDNN, dense causal over text + frames, what the kernels have to beat
 - flex: FlexAttention (compiled) with the same mask, in raster order and in the plan's order
 - reference: the plain torch ops, where their dense scores fit
 
-"useful" counts 4 * D FLOPs per visible pair forward, 10 * D backward.
+"useful" counts 4 * D FLOPs per visible pair forward. "extra" is the memory that forward and backward took at their
+peak beyond q, k, v, output and gradients, in percent of these. At the end stand the goals of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -18,147 +19,18 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
+from cases import Case, Tensors, cases, check, forward, tiny
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from megacog_kernels.attention import attention
 from megacog_kernels.attention.plan import tile_plan
-from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, rule, visible
-
-LIMIT = 1e-2
-"""Relative norm of the error of bf16 results."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table."""
-
-    name: str
-    mask: MaskSpec
-    grid: VideoGrid
-    batch: int
-    heads: int
-    head_dim: int = 64
-    text: int = 64
-    backward: bool = True
-
-
-def local(frames: int, side: int, window: int, **more: int | bool) -> Case:
-    """A local3d case over a square grid, all earlier frames."""
-    mask = MaskSpec(Order.sequential(frames), Space("local3d", (window, window)))
-    settings: dict = {"batch": 1, "heads": 48} | more
-    return Case(f"local {window}x{window}, {frames}x{side}x{side}", mask, VideoGrid(frames, side, side), **settings)
-
-
-def cases() -> list[Case]:
-    """The masks and grids that the goals are about."""
-    keys, sequential, interpolation = VideoGrid(5, 20, 20), Order.sequential(5), Order.interpolation(5)
-    found = [Case("sequential full", MaskSpec(sequential, Space()), keys, 4, 48)]
-    for shift in (0, 5):
-        space = Space("shifted_window", (10, 10), shift=(shift, shift))
-        found.append(Case(f"window 10, shift {shift}", MaskSpec(interpolation, space), keys, 4, 48))
-    found.append(Case("base, own frame", MaskSpec(sequential, Space("frame")), keys, 4, 48))
-    found += [local(16, 32, 9), local(16, 32, 11), local(16, 32, 17)]
-    return [*found, local(32, 60, 17, heads=8, head_dim=128, backward=False)]
-
-
-def tiny() -> list[Case]:
-    """Small ones, to try the checks without a GPU."""
-    space = Space("shifted_window", (2, 2), shift=(1, 1))
-    grid = VideoGrid(3, 3, 4)
-    return [Case("tiny window", MaskSpec(Order.interpolation(3), space), grid, 1, 2, head_dim=16, text=3)]
-
-
-@dataclass
-class Tensors:
-    """q, k, v of frames as thirds of a fused projection, and of the text."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    text_k: Tensor
-    text_v: Tensor
-    grad_out: Tensor
-
-    @staticmethod
-    def make(case: Case, device: str, dtype: torch.dtype) -> Tensors:
-        """Random values of a fixed seed."""
-        torch.manual_seed(0)
-
-        def fused(rows: int) -> tuple[Tensor, ...]:
-            qkv = torch.randn(case.batch, rows, 3 * case.heads * case.head_dim, device=device, dtype=dtype)
-            return tuple(part.unflatten(-1, (case.heads, case.head_dim)) for part in qkv.chunk(3, dim=-1))
-
-        (q, k, v), (_, text_k, text_v) = fused(case.grid.tokens), fused(case.text)
-        leaves = (part.detach().requires_grad_() for part in (q, k, v, text_k, text_v))
-        return Tensors(*leaves, torch.randn_like(q))
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        return self.q, self.k, self.v, self.text_k, self.text_v
-
-
-def forward(case: Case, tensors: Tensors) -> Tensor:
-    """The kernels under test; asking for Triton, so that nothing else can be measured by mistake."""
-    q, k, v, text_k, text_v = tensors.leaves
-    return attention(
-        q, k, v, case.mask, case.grid, text_k=text_k, text_v=text_v, implementation="triton"
-    ).frames  # fmt: skip
-
-
-def relative(got: Tensor, wanted: Tensor) -> float:
-    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
-
-
-def check(case: Case, tensors: Tensors) -> float:
-    """Largest relative error of output and gradient of q in sampled rows, and of all gradients on small grids.
-
-    Raises:
-        SystemExit: It is too large.
-    """
-    small = case.grid.tokens <= 2500
-    out = forward(case, tensors)
-    grads = torch.autograd.grad(out, tensors.leaves, tensors.grad_out)
-    rows = np.arange(case.grid.tokens)
-    if not small:
-        rows = np.sort(np.random.default_rng(0).choice(rows, 128, replace=False))
-    picked = torch.from_numpy(rows).to(out.device)
-    allowed = torch.from_numpy(_allowed(case, rows)).to(out.device)
-    worst = 0.0
-    for head in range(min(case.heads, 2)):
-        q, *keys = (part[:1, :, head].detach().double() for part in tensors.leaves)
-        leaves = [q[:, picked].requires_grad_(), *(part.requires_grad_() for part in keys)]
-        exact = _exact(case, leaves, allowed)
-        wanted = torch.autograd.grad(exact, leaves, tensors.grad_out[:1, picked, head].double())
-        pairs = [(out[:1, picked, head], exact), (grads[0][:1, picked, head], wanted[0])]
-        if small:
-            pairs += [(got[:1, :, head], want) for got, want in zip(grads[1:], wanted[1:], strict=True)]
-        worst = max(worst, *(relative(got, want) for got, want in pairs))
-    if not worst <= LIMIT:
-        sys.exit(f"error: {case.name}: relative error {worst:.2e} exceeds {LIMIT:.0e}; nothing was timed after it")
-    return worst
-
-
-def _allowed(case: Case, rows: np.ndarray) -> np.ndarray:
-    frame, cell = np.divmod(rows[:, None], case.grid.cells)
-    key_frame, key_cell = np.divmod(np.arange(case.grid.tokens)[None], case.grid.cells)
-    seen = np.broadcast_to(
-        visible(case.mask, case.grid, frame, cell, key_frame, key_cell), (len(rows), case.grid.tokens)
-    )
-    return np.concatenate([np.ones((len(rows), case.text), dtype=bool), seen], axis=1)
-
-
-def _exact(case: Case, leaves: list[Tensor], allowed: Tensor) -> Tensor:
-    q, k, v, text_k, text_v = leaves
-    scores = q @ torch.cat([text_k, k], dim=1).mT * case.head_dim**-0.5
-    return scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1) @ torch.cat([text_v, v], dim=1)
-
+from megacog_kernels.grid import rule
 
 Run = Callable[[], Tensor]
 
@@ -166,7 +38,11 @@ Run = Callable[[], Tensor]
 def peers(case: Case, tensors: Tensors) -> dict[str, tuple[Run, tuple[Tensor, ...], Tensor]]:
     """For every implementation: its forward pass, its leaves and its output's gradient."""
     joined = _joined(tensors, None)
-    runs = {"megacog": (lambda: forward(case, tensors), tensors.leaves, tensors.grad_out)}
+    mine = (tensors.leaves, tensors.grad_out)
+    runs: dict[str, tuple[Run, tuple[Tensor, ...], Tensor]] = {
+        "megacog": (lambda: forward(case, tensors, "triton"), *mine),
+        "megacog, fast": (lambda: forward(case, tensors, "triton", deterministic=False), *mine),
+    }
 
     def cudnn() -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -178,13 +54,13 @@ def peers(case: Case, tensors: Tensors) -> dict[str, tuple[Run, tuple[Tensor, ..
     for name, order in orders.items():
         runs[name] = _flex(case, tensors, order)
     if case.grid.tokens <= 2500:
-        runs["reference"] = (lambda: _reference(case, tensors), tensors.leaves, tensors.grad_out)
+        runs["reference"] = (lambda: forward(case, tensors, "reference"), *mine)
     return runs
 
 
 def _joined(tensors: Tensors, order: Tensor | None) -> tuple[Tensor, ...]:
     """q, k, v of text and frames in one sequence: [B, N, L + F, D], contiguous, frames in `order`."""
-    text = (tensors.text_k, tensors.text_k, tensors.text_v)
+    text = (tensors.text_q, tensors.text_k, tensors.text_v)
     frames = [part if order is None else part[:, order] for part in (tensors.q, tensors.k, tensors.v)]
     joined = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(text, frames, strict=True))
     return tuple(part.detach().contiguous().requires_grad_() for part in joined)
@@ -217,13 +93,6 @@ def flex_rule(case: Case, token: Tensor) -> Callable[[Tensor, Tensor, Tensor, Te
     return sees
 
 
-def _reference(case: Case, tensors: Tensors) -> Tensor:
-    q, k, v, text_k, text_v = tensors.leaves
-    return attention(
-        q, k, v, case.mask, case.grid, text_k=text_k, text_v=text_v, implementation="reference"
-    ).frames  # fmt: skip
-
-
 def measure(case: Case, tensors: Tensors) -> list[dict]:
     """A row per implementation; one that fails says why instead of a time."""
     from triton.testing import do_bench
@@ -240,6 +109,7 @@ def measure(case: Case, tensors: Tensors) -> list[dict]:
             if case.backward:
                 both = do_bench(lambda: torch.autograd.grad(run(), leaves, grad_out), return_mode="median")  # noqa: B023
                 row["forward_backward_ms"] = both
+                row["extra_memory"] = extra_memory(run, leaves, grad_out)
         except RuntimeError as error:
             row["failed"] = str(error).splitlines()[0]
         torch.cuda.empty_cache()
@@ -248,15 +118,86 @@ def measure(case: Case, tensors: Tensors) -> list[dict]:
     return rows
 
 
+def extra_memory(run: Run, leaves: tuple[Tensor, ...], grad_out: Tensor) -> float:
+    """Peak of forward and backward beyond leaves, output, its gradient and gradients, as a share of these."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(run(), leaves, grad_out)
+    made = torch.cuda.max_memory_allocated() - before
+    leaf_bytes = sum(part.nbytes for part in leaves)
+    needed = leaf_bytes + grad_out.nbytes  # gradients and output, which were made
+    return (made - needed) / (needed + leaf_bytes + grad_out.nbytes)
+
+
 def line(row: dict, rows: list[dict]) -> str:
     """One line of the table, with how many times faster than cuDNN's dense causal attention it is."""
     text = f"{row['case']:28s} {row['implementation']:20s}"
     if "failed" in row:
         return f"{text} {row['failed']}"
     text += f" {row['forward_ms']:9.3f} {row.get('forward_backward_ms', float('nan')):9.3f} {row['useful_tflops']:7.0f}"
+    if "extra_memory" in row:
+        text += f" {100 * row['extra_memory']:5.1f} %"
+    else:
+        text += " " * 8
     dense = next((other for other in rows if other["implementation"] == "cudnn"), {})
     ratios = (dense.get(key, 0) / row[key] for key in ("forward_ms", "forward_backward_ms") if key in row)
     return text + "".join(f" {ratio:6.2f}x" for ratio in ratios if ratio)
+
+
+def matmul_rate() -> float:
+    """TFLOP/s of an 8192^3 matrix product."""
+    from triton.testing import do_bench
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / do_bench(lambda: a @ b, return_mode="median") / 1e9
+
+
+def goals(rows: list[dict], matmul: float) -> list[str]:
+    """A line per goal whose cases were measured: what was reached, and whether that is enough."""
+    times = {(row["case"], row["implementation"]): row for row in rows if "failed" not in row}
+
+    def total(case: str, implementation: str) -> float:
+        return float(times[case, implementation]["forward_backward_ms"])
+
+    def forward_ms(case: str, implementation: str) -> float:
+        return float(times[case, implementation]["forward_ms"])
+
+    def backward(case: str, implementation: str) -> float:
+        return total(case, implementation) - forward_ms(case, implementation)
+
+    def flex(case: str) -> float:
+        return min(total(case, name) for name in ("flex", "flex, plan's order") if (case, name) in times)
+
+    full, windows, base = "sequential full", ("window 10, shift 0", "window 10, shift 5"), "base, own frame"
+    near, mid, far = "local 9x9, 16x32x32", "local 11x11, 16x32x32", "local 17x17, 32x60x60"
+    trained = {case for case, name in times if "forward_backward_ms" in times[case, name] and name == "megacog"}
+    wanted: list[tuple[str, bool, float, Callable[[], float]]] = [
+        (f"{full}: forward / cuDNN", False, 1.10, lambda: forward_ms(full, "megacog") / forward_ms(full, "cudnn")),
+        (f"{full}: fast backward / cuDNN", False, 1.25,
+         lambda: backward(full, "megacog, fast") / backward(full, "cudnn")),
+        ("window 10, both shifts: cuDNN / ours", True, 1.8,
+         lambda: mean(total(case, "cudnn") for case in windows) / mean(total(case, "megacog") for case in windows)),
+        ("window 10, both shifts: best flex / ours", True, 1.5,
+         lambda: mean(flex(case) for case in windows) / mean(total(case, "megacog") for case in windows)),
+        (f"{base}: cuDNN / ours", True, 2.0, lambda: total(base, "cudnn") / total(base, "megacog")),
+        (f"{near}: cuDNN / ours", True, 3.0, lambda: total(near, "cudnn") / total(near, "megacog")),
+        (f"{mid}: cuDNN / ours", True, 2.5, lambda: total(mid, "cudnn") / total(mid, "megacog")),
+        (f"{far}, d128: useful / matmul", True, 0.25, lambda: times[far, "megacog"]["useful_tflops"] / matmul),
+        ("deterministic / fast backward, worst", False, 1.5,
+         lambda: max(backward(case, "megacog") / backward(case, "megacog, fast") for case in trained)),
+        ("extra memory, worst", False, 0.05, lambda: max(times[case, "megacog"]["extra_memory"] for case in trained)),
+    ]  # fmt: skip
+    lines = []
+    for name, more_is_better, limit, reach in wanted:
+        try:
+            value = reach()
+        except (KeyError, ValueError):
+            continue  # not measured in this run
+        met = value >= limit if more_is_better else value <= limit
+        sign = ">=" if more_is_better else "<="
+        lines.append(f"{name:48s} {value:6.2f}  goal {sign} {limit:g}  {'reached' if met else 'MISSED'}")
+    return lines
 
 
 def main() -> None:
@@ -270,15 +211,20 @@ def main() -> None:
         sys.exit("error: no CUDA device; --tiny with TRITON_INTERPRET=1 runs the checks on a CPU")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = []
+    rows: list[dict] = []
     if device == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
-        print(f"{'case':28s} {'implementation':20s} {'fwd ms':>9s} {'fwd+bwd':>9s} {'TFLOP/s':>7s}  cudnn/this")
+        columns = f"{'fwd ms':>9s} {'fwd+bwd':>9s} {'useful':>7s} {'extra':>7s}  cudnn/this"
+        print(f"{'case':28s} {'implementation':20s} {columns}")
     for case in tiny() if args.tiny else cases():
         if args.only in case.name:
             tensors = Tensors.make(case, device, dtype)
             print(f"{case.name}: relative error {check(case, tensors):.1e}", flush=True)
             rows += measure(case, tensors) if not (args.check or args.tiny) else []
+    if rows:
+        rate = matmul_rate()
+        print(f"8192^3 matmul: {rate:.0f} TFLOP/s\n\n" + "\n".join(goals(rows, rate)))
+        rows.append({"matmul_tflops": rate})
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
