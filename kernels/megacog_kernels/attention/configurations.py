@@ -68,11 +68,11 @@ _BOTH_128 = Configurations(
 _AMPERE_64 = Configurations(
     forward=Configuration(64, 64, 4, 2, resident=3),
     query=Configuration(64, 64, 4, 2, resident=2),
-    key=Configuration(64, 64, 4, 2, resident=2),
+    key=Configuration(32, 64, 4, 2, resident=2),
 )
 _AMPERE_128 = Configurations(
     forward=Configuration(128, 64, 8, 2, resident=1),
-    query=Configuration(128, 32, 8, 2, resident=1),
+    query=Configuration(64, 32, 4, 2, resident=2),
     key=Configuration(32, 64, 8, 2, resident=1),
 )
 # Triton 3.9 keeps more of the forward pass in registers on Blackwell.
