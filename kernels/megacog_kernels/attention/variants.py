@@ -59,8 +59,8 @@ def _training(
     """Every launch of a forward and a backward pass."""
     (q, k, v), (_, text_k, text_v) = (_fused(rows, 2, head_dim, dtype) for rows in (grid.tokens, TEXT))
     valid = torch.empty(1, TEXT, dtype=torch.bool, device="meta")
-    frame_kv = (k, v) if frames else (None, None)
-    given = Inputs(q, *frame_kv, text_k, text_v, valid, mask, grid, head_dim**-0.5)
+    frame_k, frame_v = (k, v) if frames else (None, None)
+    given = Inputs(q, frame_k, frame_v, text_k, text_v, valid, mask, grid, head_dim**-0.5)
     out, text_out = torch.empty(q.shape, dtype=dtype, device="meta"), torch.empty_like(text_k)
     statistics, sums = torch.empty(1, 2, grid.tokens, device="meta"), torch.empty(q.shape, device="meta")
     chosen = configurations(head_dim, dtype, frames and is_dense(mask), capability)
