@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from megacog_kernels.attention.calls import Call, Inputs, backward_key_call, backward_query_call, forward_call
+from megacog_kernels.attention.calls import Inputs, backward_key_call, backward_query_call, forward_call
 from megacog_kernels.attention.configurations import configurations
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
+from megacog_kernels.launch import Call
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 TYPES |= {torch.uint8: "*u8"}

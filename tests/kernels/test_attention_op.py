@@ -9,7 +9,9 @@ import pytest
 import torch
 from attention_cases import DEVICE, Case, error, expected, make_case
 
-from megacog_kernels.attention import AttentionOutput, attention, dispatch
+from megacog_kernels import dispatch
+from megacog_kernels.attention import AttentionOutput, attention
+from megacog_kernels.attention.dispatch import choose
 from megacog_kernels.attention.ops import _decode, _encode
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
 
@@ -66,7 +68,7 @@ def test_without_text_and_with_a_scale_of_its_own(implementation: str) -> None:
 
 
 def test_triton_runs_only_the_kernels_that_gradients_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megacog_kernels.attention.calls import Call
+    from megacog_kernels.launch import Call
 
     launched: list[tuple[str, bool | None]] = []
     run = Call.run
@@ -158,7 +160,7 @@ def test_asking_for_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.M
         attend(case, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="cannot run: .*(type cpu|installed)"):
-        dispatch.choose("triton", torch.device("cpu"), torch.float32, 64)
+        choose("triton", torch.device("cpu"), torch.float32, 64)
     with pytest.raises(ValueError, match="'fast' is none of"):
         attend(case, "fast")
 

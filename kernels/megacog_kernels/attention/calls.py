@@ -17,24 +17,9 @@ from torch import Tensor
 from megacog_kernels.attention.configurations import Configuration, Configurations
 from megacog_kernels.attention.tables import Tables, tables
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
+from megacog_kernels.launch import Call
 
 LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One launch of one kernel."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    programs: int
-    configuration: Configuration
-
-    def run(self) -> None:
-        """Launch it; nothing to do without programs."""
-        if self.programs > 0:
-            self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.configuration.options)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megacog_kernels.launch import max_registers
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -25,8 +27,8 @@ class Configuration:
 
     @property
     def max_registers(self) -> int:
-        """Registers of one thread, in steps of 8, of which a multiprocessor has 65536."""
-        return min(255, 65536 // (self.resident * self.num_warps * 32) // 8 * 8)
+        """Registers of one thread."""
+        return max_registers(self.num_warps, self.resident)
 
     @property
     def options(self) -> dict[str, int]:

@@ -1,25 +1,13 @@
-"""Which implementation of attention runs, and why: said once per reason, never silently.
-
-`auto` takes Triton on CUDA devices that it can serve and the reference elsewhere. Asking for
-`triton` where it cannot run is an error.
-"""
+"""Which implementation of attention runs (see `megacog_kernels.dispatch`)."""
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
-from functools import cache
-from typing import Literal
-
 import torch
 
-Implementation = Literal["auto", "reference", "triton"]
+from megacog_kernels import dispatch
+from megacog_kernels.dispatch import Implementation
 
 HEAD_DIMS = (16, 32, 64, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-_log = logging.getLogger("megacog_kernels")
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks while it traces
@@ -29,44 +17,6 @@ def choose(implementation: Implementation, device: torch.device, dtype: torch.dt
     Raises:
         ValueError: Triton is asked for and cannot run, or the name is unknown.
     """
-    chosen, reason = _choose(implementation, device, dtype, head_dim)
-    _say(f"attention on {device.type} ({str(dtype).removeprefix('torch.')}, head dim {head_dim}): {chosen}, {reason}")
-    return chosen
-
-
-def _choose(implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    if implementation not in ("auto", "reference", "triton"):
-        raise ValueError(f"implementation {implementation!r} is none of auto, reference, triton")
-    if implementation == "reference":
-        return "reference", "as asked"
-    obstacle = _obstacle(device, dtype, head_dim)
-    if implementation == "triton":
-        if obstacle:
-            raise ValueError(f"implementation 'triton' cannot run: {obstacle}")
-        return "triton", "as asked"
-    if obstacle:
-        return "reference", f"because {obstacle}"
-    if device.type == "cpu":
-        return "reference", "because Triton only interprets kernels on CPUs"
-    return "triton", f"on {torch.cuda.get_device_name(device)}"
-
-
-def _obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why Triton cannot run, if so."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if head_dim not in HEAD_DIMS:
-        return f"the kernels know head dims {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
-    if dtype not in DTYPES:
-        return f"the kernels do not know {dtype}"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return None if major >= 8 else f"the device has compute capability {major}.{minor}, 8.0 is needed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"the tensors are on a device of type {device.type}"
-
-
-@cache
-def _say(line: str) -> None:
-    _log.info(line)
+    known = f"the kernels know head dims {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    unfit = None if head_dim in HEAD_DIMS else known
+    return dispatch.choose("attention", implementation, device, dtype, f"head dim {head_dim}", unfit)

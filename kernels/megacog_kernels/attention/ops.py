@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from megacog_kernels.attention.dispatch import Implementation, choose
+from megacog_kernels.attention.dispatch import choose
 from megacog_kernels.attention.reference import grouped_attention, grouped_text_attention, masked_decode
+from megacog_kernels.dispatch import Implementation
 from megacog_kernels.grid import MaskSpec, Order, Space, SpaceKind, VideoGrid
 
 _KINDS = get_args(SpaceKind)
