@@ -27,7 +27,6 @@ from megacog.errors import EnvError
 from megacog.model.attention import Attend, AttentionChannel, AttentionPlus, PlusLayer
 from megacog.model.layout import StageLayout, stage_layout, text_position_ids
 from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import TensorParallel
 from megacog_kernels.attention import Implementation, attention, text_attention
 from megacog_kernels.attention.dispatch import choose
@@ -289,9 +288,7 @@ class CogVideo(nn.Module):
         return LossOutput((frame_loss_Q * weights_Q).sum() / weights_Q.sum(), frame_loss_Q.detach())
 
     def _code_loss(self, hidden_BQPC: Tensor, targets_BQP: Tensor) -> Tensor:
-        logits_XV = self.code_embedding(self.final_layernorm(hidden_BQPC).flatten(0, 2), as_head=True)
-        loss_X = parallel_cross_entropy(logits_XV, targets_BQP.flatten(), self.code_embedding.first, self.parallel)
-        return loss_X.view_as(targets_BQP)
+        return self.code_embedding(self.final_layernorm(hidden_BQPC), targets=targets_BQP)
 
     @torch.no_grad()
     def code_logits(self, hidden_BRC: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import ShardSpec, TensorParallel, copy_to_ranks, mark_sharded, sum_over_ranks
 
 
@@ -53,7 +54,7 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """An embedding table cut over ranks, and the output head tied to it.
 
-    Rows are padded so that every rank holds as many. Both uses go through `forward`, so that
+    Rows are padded so that every rank holds as many. All uses go through `forward`, so that
     parameter hooks (ZeRO 3) see them.
     """
 
@@ -70,8 +71,16 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, width))
         mark_sharded(self.weight, shard, parallel.size)
 
-    def forward(self, x: Tensor, *, as_head: bool = False) -> Tensor:
-        """Embeddings [..., C] of ids [...]; or, as head, local logits [..., rows] of hidden states [..., C]."""
+    def forward(self, x: Tensor, *, as_head: bool = False, targets: Tensor | None = None) -> Tensor:
+        """Embeddings [..., C] of ids [...].
+
+        Or, of hidden states [..., C]: local logits [..., rows] (`as_head`), or the fp32 cross entropy [...] of
+        `targets` (int64 ids [...]) over the whole vocabulary.
+        """
+        if targets is not None:
+            hidden_XC, weight = x.flatten(0, -2), self.weight[: self.rows]
+            loss_X = parallel_cross_entropy(hidden_XC, weight, targets.flatten(), self.first, self.parallel)
+            return loss_X.view_as(targets)
         if as_head:
             return F.linear(copy_to_ranks(x, self.parallel), self.weight[: self.rows])
         if self.parallel.size == 1:
