@@ -7,11 +7,13 @@ Legend: X rows of a chunk of logits, V columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from megacog_kernels.cross_entropy.chunks import ALIGNMENT
+from megacog_kernels.cross_entropy.chunks import ALIGNMENT, chunk_rows, row_stride
 from megacog_kernels.launch import Call, Warps
 
 TILE = 4096
@@ -46,3 +48,12 @@ def _call(kernel: Any, logits_XV: Tensor, vectors: dict[str, Tensor], tile: int)
     assert stride % ALIGNMENT == 0 and stride >= V, "the kernels write up to the stride"
     arguments = {"logits": logits_XV, **vectors, "stride": stride, "columns": V}
     return Call(kernel, arguments, {"TILE": tile}, X, WARPS)
+
+
+def variants(dtype: torch.dtype, columns: int = 20000) -> Iterator[tuple[str, Call]]:
+    """Every kernel with the tensors of a typical call, without storage: to compile it ahead of time."""
+    logits_XV = torch.empty(chunk_rows(columns, dtype), row_stride(columns), dtype=dtype, device="meta")[:, :columns]
+    targets_X = torch.empty(len(logits_XV), dtype=torch.int64, device="meta")
+    vector_X = torch.empty(len(logits_XV), device="meta")
+    yield "logsumexp, target", summarize_call(logits_XV, targets_X, vector_X, vector_X)
+    yield "grad logits", differentiate_call(logits_XV, targets_X, vector_X, vector_X, vector_X)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 ALIGNMENT = 64
 """Of the elements from one row of a buffer to the next: for wide loads, and for matrix products."""
+CHUNK_BYTES = 64 * 2**20
+"""Memory of the logits that exist at once: many tiles of a matrix product, and not far above an L2 cache."""
 _TILE = 128
 """Rows that a matrix product computes together."""
 
@@ -27,20 +29,21 @@ class RowFunctions:
     differentiate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
-def chunk_rows(columns: int, dtype: torch.dtype, chunk_bytes: int) -> int:
+def chunk_rows(columns: int, dtype: torch.dtype, chunk_bytes: int = CHUNK_BYTES) -> int:
     """Rows whose logits fit in `chunk_bytes`, at least one."""
-    rows = max(1, chunk_bytes // (_stride(columns) * dtype.itemsize))
+    rows = max(1, chunk_bytes // (row_stride(columns) * dtype.itemsize))
     return rows // _TILE * _TILE or rows
 
 
-def _stride(columns: int) -> int:
+def row_stride(columns: int) -> int:
+    """Elements from one row of logits to the next."""
     return -(-max(1, columns) // ALIGNMENT) * ALIGNMENT
 
 
 def _chunks(hidden_XC: Tensor, weight_VC: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a chunk and their logits, which the next chunk overwrites."""
     X, V = hidden_XC.shape[0], weight_VC.shape[0]
-    buffer = hidden_XC.new_empty(min(rows, X), _stride(V))
+    buffer = hidden_XC.new_empty(min(rows, X), row_stride(V))
     for first in range(0, X, rows):
         chunk = slice(first, min(first + rows, X))
         logits = buffer[: chunk.stop - first, :V]

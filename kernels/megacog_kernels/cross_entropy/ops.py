@@ -14,9 +14,6 @@ from torch import Tensor
 from megacog_kernels.cross_entropy import chunks, reference
 from megacog_kernels.dispatch import Implementation, choose
 
-CHUNK_BYTES = 64 * 2**20
-"""Memory of the logits that exist at once. Enough rows for a full matrix product, and close to an L2 cache."""
-
 
 class LinearLogSumExp(NamedTuple):
     """What cross entropy needs of every row: it is lse - target."""
@@ -32,7 +29,7 @@ def linear_logsumexp(
     weight: Tensor,
     targets: Tensor,
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = chunks.CHUNK_BYTES,
     implementation: Implementation = "auto",
 ) -> LinearLogSumExp:
     """Logsumexp and target of logits = hidden @ weight^T, which never exist as a whole.
