@@ -145,7 +145,7 @@ class CogVideo(nn.Module):
         plus: Stages whose attention-plus is built.
         parallel: This rank's tensor-parallel place; None = the whole model.
         activation_checkpointing: Recompute every layer in the backward pass.
-        kernels: What runs attention: `auto` takes Triton where it can, `triton` insists on it.
+        kernels: What runs attention and the loss: `auto` takes Triton where it can, `triton` insists on it.
 
     Weights are uninitialized: call `initialize` or load them.
     """
@@ -166,8 +166,9 @@ class CogVideo(nn.Module):
         self.parallel = parallel or TensorParallel()
         self.activation_checkpointing = activation_checkpointing
         self.kernels: Implementation = kernels
-        self.code_embedding = VocabParallelEmbedding(config.image_vocab_size, config.hidden_size, self.parallel)
-        self.text_embedding = VocabParallelEmbedding(config.text_vocab_size, config.hidden_size, self.parallel)
+        width = config.hidden_size
+        self.code_embedding = VocabParallelEmbedding(config.image_vocab_size, width, self.parallel, kernels)
+        self.text_embedding = VocabParallelEmbedding(config.text_vocab_size, width, self.parallel)
         self.position_embedding = nn.Embedding(config.base_position_rows, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         layers = [Layer(config, self.parallel, kernels) for _ in range(config.num_layers)]

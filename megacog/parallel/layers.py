@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import ShardSpec, TensorParallel, copy_to_ranks, mark_sharded, sum_over_ranks
+from megacog_kernels.dispatch import Implementation
 
 
 class ColumnParallelLinear(nn.Module):
@@ -58,10 +59,14 @@ class VocabParallelEmbedding(nn.Module):
     parameter hooks (ZeRO 3) see them.
     """
 
-    def __init__(self, vocabulary: int, width: int, parallel: TensorParallel) -> None:
+    def __init__(
+        self, vocabulary: int, width: int, parallel: TensorParallel, kernels: Implementation = "auto"
+    ) -> None:
         super().__init__()
         self.parallel = parallel
         self.vocabulary = vocabulary
+        self.kernels: Implementation = kernels
+        """What runs the cross entropy."""
         shard = ShardSpec(dim=0, length=vocabulary)
         rows = shard.local_length(parallel.size)
         self.first = rows * parallel.rank
@@ -78,8 +83,8 @@ class VocabParallelEmbedding(nn.Module):
         `targets` (int64 ids [...]) over the whole vocabulary.
         """
         if targets is not None:
-            hidden_XC, weight = x.flatten(0, -2), self.weight[: self.rows]
-            loss_X = parallel_cross_entropy(hidden_XC, weight, targets.flatten(), self.first, self.parallel)
+            hidden_XC, weight, targets_X = x.flatten(0, -2), self.weight[: self.rows], targets.flatten()
+            loss_X = parallel_cross_entropy(hidden_XC, weight, targets_X, self.first, self.parallel, self.kernels)
             return loss_X.view_as(targets)
         if as_head:
             return F.linear(copy_to_ranks(x, self.parallel), self.weight[: self.rows])
