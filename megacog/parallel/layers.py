@@ -59,9 +59,7 @@ class VocabParallelEmbedding(nn.Module):
     parameter hooks (ZeRO 3) see them.
     """
 
-    def __init__(
-        self, vocabulary: int, width: int, parallel: TensorParallel, kernels: Implementation = "auto"
-    ) -> None:
+    def __init__(self, vocabulary: int, width: int, parallel: TensorParallel, kernels: Implementation = "auto") -> None:
         super().__init__()
         self.parallel = parallel
         self.vocabulary = vocabulary
