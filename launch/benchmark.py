@@ -1,4 +1,4 @@
-"""Measures megacog on this machine: `python launch/benchmark.py kernels [--help]`."""
+"""Measures megacog on this machine: `python launch/benchmark.py {kernels,cross_entropy} [--help]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = {"kernels": ROOT / "kernels/benchmarks/attention.py", "tiles": ROOT / "kernels/benchmarks/sweep.py"}
+BENCHMARKS = {
+    "kernels": ROOT / "kernels/benchmarks/attention.py",
+    "tiles": ROOT / "kernels/benchmarks/sweep.py",
+    "cross_entropy": ROOT / "kernels/benchmarks/cross_entropy.py",
+}
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ import torch
 
 import megacog_kernels
 from megacog_kernels.attention.variants import variants as attention_variants
+from megacog_kernels.cross_entropy.calls import variants as cross_entropy_variants
 from megacog_kernels.launch import Call
 from megacog_kernels.mix.calls import variants as mix_variants
 from megacog_kernels.norm.calls import variants as norm_variants
@@ -79,6 +80,7 @@ def _all(dtype: torch.dtype, capability: int) -> Iterator[tuple[str, Call]]:
     yield from attention_variants(dtype, capability)
     yield from norm_variants(dtype)
     yield from mix_variants(dtype)
+    yield from cross_entropy_variants(dtype)
 
 
 def _source(call: Call) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:

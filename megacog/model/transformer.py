@@ -28,7 +28,6 @@ from megacog.model.attention import Attend, AttentionChannel, AttentionPlus, Plu
 from megacog.model.layout import StageLayout, stage_layout, text_position_ids
 from megacog.model.norm import BranchNorm, LayerNorm
 from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import TensorParallel
 from megacog_kernels.attention import Implementation, attention, text_attention
 from megacog_kernels.attention.dispatch import choose
@@ -147,7 +146,7 @@ class CogVideo(nn.Module):
         plus: Stages whose attention-plus is built.
         parallel: This rank's tensor-parallel place; None = the whole model.
         activation_checkpointing: Recompute every layer in the backward pass.
-        kernels: What runs attention: `auto` takes Triton where it can, `triton` insists on it.
+        kernels: What runs attention and the loss: `auto` takes Triton where it can, `triton` insists on it.
 
     Weights are uninitialized: call `initialize` or load them.
     """
@@ -168,8 +167,9 @@ class CogVideo(nn.Module):
         self.parallel = parallel or TensorParallel()
         self.activation_checkpointing = activation_checkpointing
         self.kernels: Implementation = kernels
-        self.code_embedding = VocabParallelEmbedding(config.image_vocab_size, config.hidden_size, self.parallel)
-        self.text_embedding = VocabParallelEmbedding(config.text_vocab_size, config.hidden_size, self.parallel)
+        width = config.hidden_size
+        self.code_embedding = VocabParallelEmbedding(config.image_vocab_size, width, self.parallel, kernels)
+        self.text_embedding = VocabParallelEmbedding(config.text_vocab_size, width, self.parallel)
         self.position_embedding = nn.Embedding(config.base_position_rows, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         layers = [Layer(config, self.parallel, kernels) for _ in range(config.num_layers)]
@@ -290,9 +290,7 @@ class CogVideo(nn.Module):
         return LossOutput((frame_loss_Q * weights_Q).sum() / weights_Q.sum(), frame_loss_Q.detach())
 
     def _code_loss(self, hidden_BQPC: Tensor, targets_BQP: Tensor) -> Tensor:
-        logits_XV = self.code_embedding(self.final_layernorm(hidden_BQPC).flatten(0, 2), as_head=True)
-        loss_X = parallel_cross_entropy(logits_XV, targets_BQP.flatten(), self.code_embedding.first, self.parallel)
-        return loss_X.view_as(targets_BQP)
+        return self.code_embedding(self.final_layernorm(hidden_BQPC), targets=targets_BQP)
 
     @torch.no_grad()
     def code_logits(self, hidden_BRC: Tensor) -> Tensor:

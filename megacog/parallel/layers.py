@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import ShardSpec, TensorParallel, copy_to_ranks, mark_sharded, sum_over_ranks
+from megacog_kernels.dispatch import Implementation
 
 
 class ColumnParallelLinear(nn.Module):
@@ -53,14 +55,16 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """An embedding table cut over ranks, and the output head tied to it.
 
-    Rows are padded so that every rank holds as many. Both uses go through `forward`, so that
+    Rows are padded so that every rank holds as many. All uses go through `forward`, so that
     parameter hooks (ZeRO 3) see them.
     """
 
-    def __init__(self, vocabulary: int, width: int, parallel: TensorParallel) -> None:
+    def __init__(self, vocabulary: int, width: int, parallel: TensorParallel, kernels: Implementation = "auto") -> None:
         super().__init__()
         self.parallel = parallel
         self.vocabulary = vocabulary
+        self.kernels: Implementation = kernels
+        """What runs the cross entropy."""
         shard = ShardSpec(dim=0, length=vocabulary)
         rows = shard.local_length(parallel.size)
         self.first = rows * parallel.rank
@@ -70,8 +74,16 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, width))
         mark_sharded(self.weight, shard, parallel.size)
 
-    def forward(self, x: Tensor, *, as_head: bool = False) -> Tensor:
-        """Embeddings [..., C] of ids [...]; or, as head, local logits [..., rows] of hidden states [..., C]."""
+    def forward(self, x: Tensor, *, as_head: bool = False, targets: Tensor | None = None) -> Tensor:
+        """Embeddings [..., C] of ids [...].
+
+        Or, of hidden states [..., C]: local logits [..., rows] (`as_head`), or the fp32 cross entropy [...] of
+        `targets` (int64 ids [...]) over the whole vocabulary.
+        """
+        if targets is not None:
+            hidden_XC, weight, targets_X = x.flatten(0, -2), self.weight[: self.rows], targets.flatten()
+            loss_X = parallel_cross_entropy(hidden_XC, weight, targets_X, self.first, self.parallel, self.kernels)
+            return loss_X.view_as(targets)
         if as_head:
             return F.linear(copy_to_ranks(x, self.parallel), self.weight[: self.rows])
         if self.parallel.size == 1:

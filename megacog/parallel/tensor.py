@@ -98,6 +98,19 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
+class _GatherFromRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parallel: TensorParallel) -> Tensor:
+        ctx.rank = parallel.rank
+        parts = x.new_empty(parallel.size * x.shape[0], *x.shape[1:])  # gloo takes no other shape
+        dist.all_gather_into_tensor(parts, x.contiguous(), group=parallel.group)
+        return parts.view(parallel.size, *x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad[ctx.rank], None
+
+
 def copy_to_ranks(x: Tensor, parallel: TensorParallel) -> Tensor:
     """x itself; its gradient is summed over the tensor-parallel ranks."""
     return x if parallel.size == 1 else _CopyToRanks.apply(x, parallel.group)
@@ -106,3 +119,11 @@ def copy_to_ranks(x: Tensor, parallel: TensorParallel) -> Tensor:
 def sum_over_ranks(x: Tensor, parallel: TensorParallel) -> Tensor:
     """The sum of x over the tensor-parallel ranks; the gradient passes unchanged."""
     return x if parallel.size == 1 else _SumOverRanks.apply(x, parallel.group)
+
+
+def gather_from_ranks(x: Tensor, parallel: TensorParallel) -> Tensor:
+    """Every tensor-parallel rank's x, [ranks, ...]; each rank takes the gradient of its own.
+
+    What follows must be the same on every rank.
+    """
+    return x.unsqueeze(0) if parallel.size == 1 else _GatherFromRanks.apply(x, parallel)

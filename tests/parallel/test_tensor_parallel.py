@@ -83,19 +83,32 @@ def test_losses_gradients_and_logits_equal_those_of_one_rank(size: int, tmp_path
 
 
 @pytest.mark.distributed
-def test_cross_entropy_over_cut_logits_survives_large_values_and_empty_ranks(tmp_path: Path) -> None:
-    logits = torch.randn(6, 3) * 100
-    targets = torch.tensor([0, 1, 2, 0, 1, 2])
-    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+@pytest.mark.parametrize("size", [2, 4])
+def test_cross_entropy_of_a_cut_head_equals_the_whole_one_with_large_logits_and_empty_ranks(
+    size: int, tmp_path: Path
+) -> None:
+    hidden, weight = torch.randn(6, 5) * 10, torch.randn(3, 5) * 10
+    targets, grad = torch.tensor([0, 1, 2, 0, 1, 2]), torch.linspace(-1, 2, 6)
+    shard = ShardSpec(dim=0, length=3)
 
     def worker(parallel: TensorParallel) -> Any:
-        shard = ShardSpec(dim=0, length=3)
         first = shard.local_length(parallel.size) * parallel.rank
-        local = logits[:, first : first + shard.local_length(parallel.size)]
-        return parallel_cross_entropy(local, targets, first, parallel).numpy()
+        rows = weight[first : first + shard.local_length(parallel.size)].clone().requires_grad_()
+        leaves = (hidden.clone().requires_grad_(), rows)
+        loss = parallel_cross_entropy(*leaves, targets, first, parallel)
+        return tuple(part.detach().numpy() for part in (loss, *torch.autograd.grad(loss, leaves, grad)))
 
-    for result in run_forked(worker, 4, tmp_path):
-        torch.testing.assert_close(torch.from_numpy(result), expected)
+    whole = (hidden.double().requires_grad_(), weight.double().requires_grad_())
+    loss = torch.nn.functional.cross_entropy(whole[0] @ whole[1].T, targets, reduction="none")
+    assert loss.max() > 100
+    expected = [part.float() for part in (loss, *torch.autograd.grad(loss, whole, grad.double()))]
+    results = run_forked(worker, size, tmp_path)
+    assert size < 4 or results[3][2].shape == (0, 5)
+    for result in results:
+        torch.testing.assert_close(torch.from_numpy(result[0]), expected[0])
+        torch.testing.assert_close(torch.from_numpy(result[1]), expected[1], rtol=1e-4, atol=1e-5)
+    rows = torch.cat([torch.from_numpy(result[2]) for result in results])
+    torch.testing.assert_close(rows, expected[2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("length", "blocks", "size"), [(12, 1, 4), (12, 3, 2), (17, 1, 4), (11, 1, 2)])
