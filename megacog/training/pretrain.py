@@ -113,8 +113,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     config = resolve(config, tokenizers)
     data = on_rank_0(lambda: check_data(config, tokenizers.frames.fingerprint, tokenizers.text))
     run_dir = Path(config.train.run_dir)
-    if (run_dir / "export").exists():
-        require_replaceable(run_dir / "export", EXPORT)  # now, not when the run ends
+    on_rank_0(lambda: check_export_place(run_dir / "export"))
     checkpoint = find_checkpoint(run_dir, config.train.resume)
     export = open_inherited(config) if checkpoint is None else None  # a resumed run has its own copy
     if export is not None:
@@ -158,6 +157,12 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     path = state.export(Path(config.tokenizer.text), Path(config.tokenizer.frames))
     log.info("done: %d steps; the model is in %s", step, path)
     return EXIT_DONE
+
+
+def check_export_place(path: Path) -> None:
+    """Say now, not when the run ends, that its export would replace something else."""
+    if path.exists():
+        require_replaceable(path, EXPORT)
 
 
 def accumulation_steps(config: Config, groups: ProcessGroups) -> int:
