@@ -46,7 +46,7 @@ def differentiate_call(
 def _call(kernel: Any, logits_XV: Tensor, vectors: dict[str, Tensor], tile: int) -> Call:
     (X, V), stride = logits_XV.shape, logits_XV.stride(0)
     assert stride % ALIGNMENT == 0 and stride >= V, "the kernels write up to the stride"
-    arguments = {"logits": logits_XV, **vectors, "stride": stride, "columns": V}
+    arguments = {"logits": logits_XV, **vectors, "logits_row": stride, "columns": V}
     return Call(kernel, arguments, {"TILE": tile}, X, WARPS)
 
 
