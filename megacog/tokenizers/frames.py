@@ -1,21 +1,19 @@
-"""Frames to grids of discrete codes and back: a small convolutional autoencoder.
+"""Frames to grids of discrete codes and back: the protocol, the folder, a small convolutional autoencoder.
 
-A frame tokenizer is a folder with `tokenizer.json` (configuration, fingerprint) and
-`model.safetensors`. Codes are row-major, one per `downsample` x `downsample` pixels. Once
-trained, the network normalizes nothing over space: a code depends on the pixels around it only, so
-that a moving object changes few codes.
+A frame tokenizer is a folder with `tokenizer.json` (architecture, configuration, fingerprint) and
+`model.safetensors`. Codes are row-major, one per `downsample` x `downsample` pixels. Once trained, the
+convolutional network (our own) normalizes nothing over space: a code depends on the pixels around it only,
+so that a moving object changes few codes. icetk's network is in `icetk_vqvae.py`.
 
 Dimensions: B frames, H/W pixels, h/w code grid, C channels.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import safetensors
 import safetensors.torch
@@ -26,16 +24,14 @@ from torch import Tensor, nn
 from megacog.errors import ConfigError, DataError
 from megacog.runtime.files import FolderKind
 from megacog.runtime.tensor_files import save_tensors
+from megacog.tokenizers.coding import CodingModule
 from megacog.tokenizers.description import read_description
+from megacog.tokenizers.icetk_vqvae import IcetkVqvae, IcetkVqvaeConfig
 from megacog.tokenizers.quantizers import EMAVQ, FSQ, Quantized
 
 FORMAT = "megacog-frame-tokenizer"
 KIND = FolderKind("tokenizer.json", FORMAT)
 VERSION = 1
-ARCHITECTURE = "conv"
-# Pixels of one forward pass. Frames are coded in groups of one fixed size (the last one padded), because
-# convolution libraries choose their algorithm, and with it the rounding, by the size of the batch.
-_GROUP_PIXELS = 16 * 32 * 32
 
 
 class FrameTokenizer(Protocol):
@@ -132,8 +128,12 @@ def _decoder(config: ConvTokenizerConfig, code_dim: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels[-1], 3, 3, padding=1))
 
 
-class ConvTokenizer(nn.Module):
-    """Encoder, quantizer and decoder; implements `FrameTokenizer`."""
+class ConvTokenizer(CodingModule):
+    """Encoder, quantizer and decoder."""
+
+    architecture = "conv"
+    group_pixels = 16 * 32 * 32
+    config: ConvTokenizerConfig
 
     def __init__(self, config: ConvTokenizerConfig) -> None:
         super().__init__()
@@ -161,77 +161,13 @@ class ConvTokenizer(nn.Module):
         assert isinstance(norm, nn.BatchNorm2d)
         return norm
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over configuration and weights, as hex."""
-        return _fingerprint(self.config, self.state_dict())
+    def codes_of_frames(self, frames_BHWC: Tensor) -> Tensor:
+        """Returns codes int64 [B, h, w] of uint8 frames [B, H, W, 3]."""
+        return self.quantizer(self.encoder(pixels_of_frames(frames_BHWC))).codes_Bhw
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the code grid (h, w) of frames of this size.
-
-        Raises:
-            DataError: a side is not a multiple of the downsampling.
-        """
-        if height < 1 or width < 1 or height % self.downsample or width % self.downsample:
-            raise DataError(
-                f"frames of {height}x{width} pixels do not divide into codes of {self.downsample}x"
-                f"{self.downsample}; resize or crop them to multiples of {self.downsample}"
-            )
-        return height // self.downsample, width // self.downsample
-
-    @torch.inference_mode()
-    def encode(self, frames_BHWC: Tensor) -> Tensor:
-        """Returns codes int64 [B, h, w], on the tokenizer's device, the same whatever the batch.
-
-        Raises:
-            DataError: frames are not uint8 [B, H, W, 3] or do not divide into codes.
-        """
-        if frames_BHWC.dtype != torch.uint8 or frames_BHWC.ndim != 4 or frames_BHWC.shape[-1] != 3:
-            raise DataError(f"frames must be uint8 [B, H, W, 3], not {frames_BHWC.dtype} {list(frames_BHWC.shape)}")
-        height, width = frames_BHWC.shape[1:3]
-        h, w = self.grid(height, width)
-        codes = [
-            self.quantizer(self.encoder(pixels_of_frames(group))).codes_Bhw[:size]
-            for group, size in self._groups(frames_BHWC, height * width)
-        ]
-        return torch.cat(codes) if codes else torch.empty((0, h, w), dtype=torch.int64, device=self._device)
-
-    @torch.inference_mode()
-    def decode(self, codes_Bhw: Tensor) -> Tensor:
-        """Returns uint8 frames [B, H, W, 3], on the tokenizer's device.
-
-        Raises:
-            DataError: codes are not integers [B, h, w] or lie outside the codebook.
-        """
-        if codes_Bhw.ndim != 3 or codes_Bhw.dtype.is_floating_point or codes_Bhw.dtype.is_complex:
-            raise DataError(f"codes must be integers [B, h, w], not {codes_Bhw.dtype} {list(codes_Bhw.shape)}")
-        codes_Bhw = codes_Bhw.to(torch.int64)
-        if codes_Bhw.numel() and not 0 <= int(codes_Bhw.min()) <= int(codes_Bhw.max()) < self.codebook_size:
-            raise DataError(
-                f"codes {int(codes_Bhw.min())}..{int(codes_Bhw.max())} are outside the codebook of "
-                f"{self.codebook_size}; they come from another tokenizer or from damaged data"
-            )
-        height, width = (side * self.downsample for side in codes_Bhw.shape[1:])
-        frames = [
-            frames_of_pixels(self.decoder(self.quantizer.vectors(group)))[:size]
-            for group, size in self._groups(codes_Bhw, height * width)
-        ]
-        empty = torch.empty((0, height, width, 3), dtype=torch.uint8, device=self._device)
-        return torch.cat(frames) if frames else empty
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def _groups(self, batch: Tensor, pixels: int) -> list[tuple[Tensor, int]]:
-        """Returns (group of a fixed size on the device, real items in it) covering the batch."""
-        group_size = max(1, _GROUP_PIXELS // pixels)
-        groups = []
-        for group in batch.split(group_size):
-            missing = group_size - len(group)
-            padded = torch.cat([group, group.new_zeros((missing, *group.shape[1:]))]) if missing else group
-            groups.append((padded.to(self._device), len(group)))
-        return groups
+    def frames_of_codes(self, codes_Bhw: Tensor) -> Tensor:
+        """Returns uint8 frames [B, H, W, 3] of int64 codes [B, h, w]."""
+        return frames_of_pixels(self.decoder(self.quantizer.vectors(codes_Bhw)))
 
 
 def pixels_of_frames(frames_BHWC: Tensor) -> Tensor:
@@ -254,17 +190,17 @@ def load_frame_tokenizer(folder: Path, device: str | torch.device = "cpu") -> Fr
     folder = Path(folder)
     path = folder / "tokenizer.json"
     stored = read_description(path, "frame")
-    kind = (stored.get("format"), stored.get("version"), stored.get("architecture"))
-    if kind != (FORMAT, VERSION, ARCHITECTURE):
+    kind = (stored.get("format"), stored.get("version"))
+    architecture = stored.get("architecture")
+    if kind != (FORMAT, VERSION) or architecture not in (ConvTokenizer.architecture, IcetkVqvae.architecture):
         raise DataError(
-            f"{path}: format, version, architecture {list(kind)}, "
-            f"expected {[FORMAT, VERSION, ARCHITECTURE]}; "
-            "train a frame tokenizer with launch/train_tokenizer.py frames"
+            f"{path}: format, version, architecture {[*kind, architecture]}, expected {[FORMAT, VERSION]} and "
+            f"{ConvTokenizer.architecture} or {IcetkVqvae.architecture}; train a frame tokenizer with "
+            "launch/train_tokenizer.py frames, or import icetk's with launch/convert.py import-icetk-frames"
         )
     try:
-        values = {**stored["config"], "levels": tuple(stored["config"]["levels"])}
-        tokenizer = ConvTokenizer(ConvTokenizerConfig(**values))
-    except (KeyError, TypeError, ConfigError) as error:
+        tokenizer = _build(str(architecture), stored["config"])
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise DataError(f"{path}: bad configuration ({error}); the file is damaged") from error
     _load_weights(tokenizer, folder / "model.safetensors")
     if tokenizer.fingerprint != stored.get("fingerprint"):
@@ -275,14 +211,14 @@ def load_frame_tokenizer(folder: Path, device: str | torch.device = "cpu") -> Fr
     return tokenizer.eval().requires_grad_(False).to(device)
 
 
-def write_frame_tokenizer(folder: Path, tokenizer: ConvTokenizer) -> None:
+def write_frame_tokenizer(folder: Path, tokenizer: CodingModule) -> None:
     """Writes tokenizer.json and model.safetensors into an existing folder (the caller makes it atomic)."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()}
     save_tensors(weights, folder / "model.safetensors")
     stored = {
         "format": FORMAT,
         "version": VERSION,
-        "architecture": ARCHITECTURE,
+        "architecture": tokenizer.architecture,
         "codebook_size": tokenizer.codebook_size,
         "config": asdict(tokenizer.config),
         "fingerprint": tokenizer.fingerprint,
@@ -290,21 +226,18 @@ def write_frame_tokenizer(folder: Path, tokenizer: ConvTokenizer) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
-def _load_weights(tokenizer: ConvTokenizer, path: Path) -> None:
+def _build(architecture: str, config: dict[str, Any]) -> CodingModule:
+    """Returns the network of a description, without weights."""
+    if architecture == IcetkVqvae.architecture:
+        with torch.device("meta"):
+            return IcetkVqvae(IcetkVqvaeConfig(**config))
+    return ConvTokenizer(ConvTokenizerConfig(**{**config, "levels": tuple(config["levels"])}))
+
+
+def _load_weights(tokenizer: CodingModule, path: Path) -> None:
     try:
-        weights = safetensors.torch.load_file(path)
-        tokenizer.load_state_dict(weights)
+        tokenizer.load_state_dict(safetensors.torch.load_file(path), assign=True)
     except OSError as error:
         raise DataError(f"{path}: {error}; a frame tokenizer has two files") from error
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise DataError(f"{path}: damaged or of another configuration ({error}); copy it again or retrain") from error
-
-
-def _fingerprint(config: ConvTokenizerConfig, weights: Mapping[str, Tensor]) -> str:
-    described = {"architecture": ARCHITECTURE, **{f.name: getattr(config, f.name) for f in fields(config)}}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()

@@ -156,8 +156,12 @@ class EMAVQ(nn.Module):
 
     def _nearest(self, z_BDhw: Tensor) -> Tensor:
         z_BhwD = z_BDhw.movedim(1, -1)
-        z_MD = z_BhwD.reshape(-1, self.dim)
-        norms_K = self.embedding_KD.square().sum(-1)
-        rows = max(1, _DISTANCE_BLOCK // self.codebook_size)
-        blocks = [torch.argmin(norms_K - 2 * (block_MD @ self.embedding_KD.T), dim=-1) for block_MD in z_MD.split(rows)]
-        return torch.cat(blocks).view(z_BhwD.shape[:-1])
+        return nearest_rows(z_BhwD.reshape(-1, self.dim), self.embedding_KD).view(z_BhwD.shape[:-1])
+
+
+def nearest_rows(z_MD: Tensor, embedding_KD: Tensor) -> Tensor:
+    """Returns for every vector the row of the codebook at the smallest Euclidean distance, int64 [M]."""
+    norms_K = embedding_KD.square().sum(-1)
+    rows = max(1, _DISTANCE_BLOCK // len(embedding_KD))
+    blocks = [torch.argmin(norms_K - 2 * (block_MD @ embedding_KD.T), dim=-1) for block_MD in z_MD.split(rows)]
+    return torch.cat(blocks)
