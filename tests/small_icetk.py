@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from functools import lru_cache
+from pathlib import Path
 
+import sentencepiece
 import torch
 from torch import Tensor
 
@@ -44,3 +47,30 @@ def small_vqvae(rate: int = 8) -> IcetkVqvae:
     weights = image_weights()
     tokenizer.load_state_dict({name: weights[name] for name in tokenizer.state_dict()}, assign=True)
     return tokenizer.eval().requires_grad_(False)
+
+
+CAPTIONS = (
+    "\u4e00\u53ea\u72d7\u5728\u6c99\u6ee9\u4e0a\u5954\u8dd1",
+    "\u4e00\u4e2a\u4eba\u5728\u6ed1\u96ea",
+    "\u89c6\u9891 \u9ad8\u6e05\u6444\u5f71",
+    "a dog runs along a beach",
+    "a man is skiing, high quality!",
+)
+
+
+def write_text_model(path: Path) -> int:
+    """Writes a model with the first pieces of `ice_text.model` (<unk> <s> </s> <pad> <n>); returns its pieces."""
+    spans = [f"{span}\u79d2" for span in ("0.5", *(f"{second}.0" for second in range(1, 17)))]
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*CAPTIONS, *spans]),
+        model_writer=buffer,
+        model_type="unigram",
+        vocab_size=120,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        user_defined_symbols=["<pad>", "<n>"],
+        minloglevel=2,
+    )
+    path.write_bytes(buffer.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue()).get_piece_size()

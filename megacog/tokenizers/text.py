@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megacog.errors import ConfigError, DataError
 from megacog.runtime.files import FolderKind, atomic_directory, require_replaceable
+from megacog.runtime.log import get_logger
 from megacog.tokenizers.description import read_description
 
 FORMAT = "megacog-text-tokenizer"
@@ -33,6 +34,8 @@ SEPARATOR = "<n>"
 PAD = "<pad>"
 START_OF_IMAGE = "<start_of_image>"
 SPECIAL_PIECES = (SEPARATOR, PAD, START_OF_IMAGE)
+# In vocabularies of icetk only; no model here reads them.
+LANGUAGE_STARTS = ("<start_of_english>", "<start_of_chinese>")
 # "4.0 seconds" as the released Chinese model reads it.
 DEFAULT_TEMPLATE = "{span}\u79d2"
 DEFAULT_NULL_CAPTION = "video"
@@ -43,6 +46,7 @@ TYPICAL_SPANS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 0.3, 0.7, 1.5, 3.0, 5.0, 6.0, 7.
 # Captions beyond this many are sampled by SentencePiece with a fixed seed.
 MAX_TRAINING_CAPTIONS = 2_000_000
 TRAINING_SEED = 20220529
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class TextSettings:
     """Piece between the rate text and the caption."""
     null_caption: str = DEFAULT_NULL_CAPTION
     """Caption of the unconditional text (caption dropout, guidance)."""
+    trained_length: int | None = None
+    """Longest text, in tokens, that inherited weights were trained on; None = not known."""
 
 
 def rate_text(template: str, span_seconds: float, num_frames: int = 5) -> str:
@@ -104,6 +110,7 @@ class TextTokenizer:
         self.pad_id = self._special(PAD)
         self.boi_id = self._special(START_OF_IMAGE)
         self.separator_id = self._special(settings.separator)
+        self._warned = False
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
@@ -117,10 +124,13 @@ class TextTokenizer:
         if fields.get("format") != FORMAT or fields.get("version") != VERSION:
             raise DataError(
                 f"{folder / 'text.json'}: format {fields.get('format')!r} version {fields.get('version')!r}, "
-                f"expected {FORMAT!r} version {VERSION}; train it with launch/train_tokenizer.py text"
+                f"expected {FORMAT!r} version {VERSION}; train it with launch/train_tokenizer.py text, or import "
+                "icetk's with launch/convert.py import-icetk-text"
             )
         try:
-            settings = TextSettings(fields["template"], fields["separator"], fields["null_caption"])
+            settings = TextSettings(
+                fields["template"], fields["separator"], fields["null_caption"], fields.get("trained_length")
+            )
             model = (folder / "text.model").read_bytes()
         except KeyError as error:
             path = folder / "text.json"
@@ -142,7 +152,7 @@ class TextTokenizer:
         """Returns the ids of rate text + separator + caption, or of the caption alone if the span is None.
 
         Args:
-            caption: any text; special pieces written in it become spaces.
+            caption: any text; line breaks and special pieces written in it become spaces.
             span_seconds: seconds from the first to the last of the sequence's frames.
             num_frames: frames of the sequence, for templates with `{fps}`.
 
@@ -177,6 +187,8 @@ class TextTokenizer:
     def pad(self, ids: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
         """Returns (text_BL int64, text_valid_BL bool), padded on the left to `length`.
 
+        Warns once of texts longer than inherited weights were trained on.
+
         Raises:
             DataError: a text has more than `length` tokens.
         """
@@ -189,6 +201,7 @@ class TextTokenizer:
                     f"text {shown!r} has {len(tokens)} tokens, more than the {length} that "
                     "the model reads (model.text_length); shorten the caption"
                 )
+            self._warn_of_untrained_length(tokens)
             if tokens:
                 text_BL[row, length - len(tokens) :] = torch.tensor(tokens, dtype=torch.int64)
                 valid_BL[row, length - len(tokens) :] = True
@@ -205,14 +218,28 @@ class TextTokenizer:
             raise DataError(
                 f"caption {caption!r} is not valid Unicode ({error.reason}); save the file as UTF-8"
             ) from error
-        cleaned = caption
+        cleaned = caption.replace("\n", " ")
         # User text must never produce a control token such as the start of an image.
-        for piece in {*SPECIAL_PIECES, self.settings.separator}:
+        for piece in {*SPECIAL_PIECES, *LANGUAGE_STARTS, self.settings.separator}:
             cleaned = cleaned.replace(piece, " ")
         tokens = self._pieces.encode(cleaned)
         if not tokens:
             raise DataError(f"caption {caption!r} is empty; every clip and prompt needs a text")
         return tokens
+
+    def _warn_of_untrained_length(self, tokens: Sequence[int]) -> None:
+        trained = self.settings.trained_length
+        if trained is None or len(tokens) <= trained or self._warned:
+            return
+        self._warned = True
+        shown = textwrap.shorten(self.decode(tokens), 80, placeholder=" ...")
+        logger.warning(
+            "text %r has %d tokens; the inherited weights were trained on at most %d, so the positions beyond are "
+            "new to them (said once)",
+            shown,
+            len(tokens),
+            trained,
+        )
 
     def _special(self, piece: str) -> int:
         token = self._pieces.piece_to_id(piece)
@@ -361,8 +388,9 @@ def _report(tokenizer: TextTokenizer, texts: Sequence[str], rates: Sequence[str]
 
 
 def _fingerprint(model: bytes, settings: TextSettings) -> str:
-    """Returns the sha256 over the model and all settings, as hex."""
-    fields = {"format": FORMAT, "version": VERSION, **asdict(settings)}
+    """Returns the sha256 over the model and all settings, as hex; what is None counts as not there."""
+    known = {name: value for name, value in asdict(settings).items() if value is not None}
+    fields = {"format": FORMAT, "version": VERSION, **known}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(hashlib.sha256(model).digest())
     return digest.hexdigest()
