@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -70,10 +69,11 @@ def _float32(path: Path, name: str, weight: Tensor) -> Tensor:
     return weight.to(torch.float32).contiguous()
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the sub-command and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="convert.py import-icetk-frames",
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the sub-command."""
+    parser = commands.add_parser(
+        "import-icetk-frames",
+        help="icetk's image tokenizer -> frame tokenizer folder",
         description=f"Make a frame tokenizer folder from icetk's image tokenizer. {WHERE}",
     )
     parser.add_argument("file", type=Path, help="ice_image.pt")
@@ -86,7 +86,10 @@ def main(argv: Sequence[str]) -> int:
         help="pixels per code along each axis (default: %(default)s, CogVideo's)",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing frame tokenizer")
-    options = parser.parse_args(argv)
+    parser.set_defaults(command=_command)
+
+
+def _command(options: argparse.Namespace) -> int:
     tokenizer = import_icetk_frames(
         options.file, options.out, IcetkVqvaeConfig(rate=options.rate), replace=options.force
     )

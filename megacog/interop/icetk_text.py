@@ -116,16 +116,20 @@ def _require_words(path: Path, tokenizer: TextTokenizer) -> None:
             raise CheckpointError(f"{path} has no pieces for {text}, so it is another vocabulary. {WHERE}")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the sub-command and returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="convert.py import-icetk-text",
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the sub-command."""
+    parser = commands.add_parser(
+        "import-icetk-text",
+        help="icetk's vocabulary -> text tokenizer folder",
         description=f"Make a text tokenizer folder from icetk's text model. {WHERE}",
     )
     parser.add_argument("file", type=Path, help="ice_text.model")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to make")
     parser.add_argument("--force", action="store_true", help="replace an existing text tokenizer")
-    options = parser.parse_args(argv)
+    parser.set_defaults(command=_command)
+
+
+def _command(options: argparse.Namespace) -> int:
     tokenizer = import_icetk_text(options.file, options.out, replace=options.force)
     print(
         f"text tokenizer in {options.out}: {tokenizer.vocab_size} pieces, <start_of_image> {tokenizer.boi_id}, "

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megacog.errors import CheckpointError, EnvError
-from megacog.interop.icetk_frames import import_icetk_frames, main
+from megacog.interop.icetk_frames import import_icetk_frames
+from megacog.interop.main import main
 from megacog.tokenizers.frames import load_frame_tokenizer
 from tests.small_icetk import image_weights, small_config, small_vqvae
 
@@ -105,4 +106,4 @@ def test_an_existing_folder_is_replaced_only_when_asked(file: Path, tmp_path: Pa
 
 def test_the_command_expects_the_sizes_of_the_release(file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"quantize.embed.weight|enc.conv_in.weight is \[32, 3, 3, 3\], expected"):
-        main([str(file), "--out", str(tmp_path / "frames")])
+        main(["import-icetk-frames", str(file), "--out", str(tmp_path / "frames")])

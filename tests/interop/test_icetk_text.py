@@ -11,7 +11,8 @@ import sentencepiece
 
 from megacog.errors import CheckpointError, DataError, EnvError
 from megacog.interop import icetk_text
-from megacog.interop.icetk_text import APPENDED, ID_OFFSET, append_pieces, import_icetk_text, main
+from megacog.interop.icetk_text import APPENDED, ID_OFFSET, append_pieces, import_icetk_text
+from megacog.interop.main import main
 from megacog.tokenizers.text import TextTokenizer
 from tests.small_icetk import CAPTIONS, write_text_model
 
@@ -146,8 +147,8 @@ def test_the_command_writes_the_folder_and_tells_the_ids(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(CheckpointError, match="130000"):
-        main([str(file), "--out", str(tmp_path / "text")])
+        main(["import-icetk-text", str(file), "--out", str(tmp_path / "text")])
     monkeypatch.setitem(import_icetk_text.__kwdefaults__, "pieces", pieces[1])
-    assert main([str(file), "--out", str(tmp_path / "text")]) == 0
+    assert main(["import-icetk-text", str(file), "--out", str(tmp_path / "text")]) == 0
     assert f"<start_of_image> {pieces[1]}, <n> 4, <pad> 3" in capsys.readouterr().out
     assert TextTokenizer.load(tmp_path / "text").vocab_size == pieces[1] + 3
