@@ -50,9 +50,9 @@ def small_vqvae(rate: int = 8) -> IcetkVqvae:
 
 
 CAPTIONS = (
-    "\u4e00\u53ea\u72d7\u5728\u6c99\u6ee9\u4e0a\u5954\u8dd1",
-    "\u4e00\u4e2a\u4eba\u5728\u6ed1\u96ea",
-    "\u89c6\u9891 \u9ad8\u6e05\u6444\u5f71",
+    "一只狗在沙滩上奔跑",
+    "一个人在滑雪",
+    "视频 高清摄影",
     "a dog runs along a beach",
     "a man is skiing, high quality!",
 )
@@ -60,7 +60,7 @@ CAPTIONS = (
 
 def write_text_model(path: Path) -> int:
     """Writes a model with the first pieces of `ice_text.model` (<unk> <s> </s> <pad> <n>); returns its pieces."""
-    spans = [f"{span}\u79d2" for span in ("0.5", *(f"{second}.0" for second in range(1, 17)))]
+    spans = [f"{span}秒" for span in ("0.5", *(f"{second}.0" for second in range(1, 17)))]
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*CAPTIONS, *spans]),

@@ -30,6 +30,7 @@ class SourceSummary:
         skipped: clips too short for every rate of the stage.
         frames: stored frames.
         hours: stored duration.
+        retokenized: clips with token ids of another text tokenizer, whose captions are tokenized anew.
     """
 
     name: str
@@ -38,12 +39,18 @@ class SourceSummary:
     skipped: int
     frames: int
     hours: float
+    retokenized: int
 
     def __str__(self) -> str:
         skipped = f", {self.skipped} too short for every rate: not used" if self.skipped else ""
+        retokenized = (
+            f"; token ids of {self.retokenized} clips are another text tokenizer's: their captions are used"
+            if self.retokenized
+            else ""
+        )
         return (
             f"{self.name}: {self.clips} clips{skipped}; {self.frames} frames, {self.hours:.2f} hours "
-            f"in {self.shards} shard(s)"
+            f"in {self.shards} shard(s){retokenized}"
         )
 
 
@@ -113,7 +120,8 @@ def check_data(
         for each in rules:
             _check_texts(source, each, texts, text, config.model.text_length)
     return DataSummary(
-        tuple(_summary(source, rule) for source in train), tuple(_summary(source, rule) for source in held_out)
+        tuple(_summary(source, rule, text) for source in train),
+        tuple(_summary(source, rule, text) for source in held_out),
     )
 
 
@@ -269,7 +277,7 @@ def _raise_too_long(shard: Shard, clip: int, caption_length: int, rate_length: i
     )
 
 
-def _summary(source: Source, rule: RateRule) -> SourceSummary:
+def _summary(source: Source, rule: RateRule, text: TextTokenizer) -> SourceSummary:
     lowest = min(rule.min_fps(step) for step in rule.phase_starts)
     return SourceSummary(
         name=source.name,
@@ -278,4 +286,7 @@ def _summary(source: Source, rule: RateRule) -> SourceSummary:
         skipped=len(source) - len(source.usable(rule, lowest)),
         frames=int(source.lengths.sum()),
         hours=float((source.lengths / source.fps).sum() / 3600),
+        retokenized=sum(
+            shard.num_clips for shard in source.shards if shard.text_tokenizer not in (None, text.fingerprint)
+        ),
     )

@@ -280,6 +280,8 @@ class Shard:
         if "token_ids" in file["clips"]:
             self._token_ids, self._token_offsets = self._ragged(column, "token_ids", "token_offsets", "<i8")
             self.text_tokenizer = hdf5.read_string(file["clips/token_ids"], self.path, "text_tokenizer")
+            if (np.diff(self._token_offsets) < 1).any() or (len(self._token_ids) and self._token_ids.min() < 0):
+                raise DataError(f"{self.path}: /clips/token_ids has clips without ids, or impossible ids. {AGAIN}")
 
     def _ragged(
         self, column: Callable[[str, str, int | None], NDArray[Any]], name: str, offsets_name: str, dtype: str

@@ -36,8 +36,8 @@ ID_OFFSET = 20_000
 """What the original adds to a piece id: its image codes come first."""
 APPENDED = (START_OF_IMAGE, *LANGUAGE_STARTS)
 """Pieces that CogVideo appends to the file's, in this order."""
-# "{span}<second>" and "video", the words that the release was trained and guided with.
-SETTINGS = TextSettings(template="{span}\u79d2", separator="<n>", null_caption="\u89c6\u9891", trained_length=64)
+# The words that the release was trained and guided with: "seconds", "video".
+SETTINGS = TextSettings(template="{span}秒", separator="<n>", null_caption="视频", trained_length=64)
 _SPANS = (0.5, 1.0, 2.0, *map(float, range(3, 17)))
 _PIECES_FIELD, _PIECE_FIELD, _SCORE_FIELD, _TYPE_FIELD, _NORMAL = 0x0A, 0x0A, 0x15, 0x18, 1
 

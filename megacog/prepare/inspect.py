@@ -89,8 +89,23 @@ def statistics(shards: ShardSet, code_frames: int = 100_000) -> dict[str, Any]:
         "seconds_per_clip": _distribution(lengths / fps),
         "fps": {f"{rate:g}": count for rate, count in sorted(Counter(np.round(fps, 3).tolist()).items())},
         "caption_characters": _distribution(captions),
+        "token_ids": _token_ids(readers),
         "codes": code_usage(shards, code_frames),
     }
+
+
+def _token_ids(readers: Sequence[Shard]) -> list[dict[str, Any]]:
+    """Returns, for each text tokenizer that made token ids, its fingerprint and the ids per caption."""
+    lengths: dict[str, list[int]] = {}
+    for shard in readers:
+        if shard.text_tokenizer is not None:
+            lengths.setdefault(shard.text_tokenizer, []).extend(
+                len(shard.token_ids(clip)) for clip in range(shard.num_clips)
+            )
+    return [
+        {"text_tokenizer": fingerprint, "per_caption": _distribution(np.asarray(counts, dtype=np.int64))}
+        for fingerprint, counts in sorted(lengths.items())
+    ]
 
 
 def code_usage(shards: ShardSet, code_frames: int = 0) -> dict[str, Any]:
@@ -136,6 +151,11 @@ def describe(figures: dict[str, Any]) -> str:
         *_histogram("frames per clip", figures["frames_per_clip"]),
         *_histogram("seconds per clip", figures["seconds_per_clip"]),
         *_histogram("caption characters", figures["caption_characters"]),
+        *(
+            line
+            for made in figures["token_ids"]
+            for line in _histogram(f"token ids of text tokenizer {made['text_tokenizer'][:16]}", made["per_caption"])
+        ),
         "stored frames per second",
         *_bars([(rate, count) for rate, count in figures["fps"].items()]),
     ]

@@ -1,4 +1,4 @@
-"""`launch/prepare.py`: videos and captions to shards (run), a look into them (inspect), a check (verify).
+"""`launch/prepare.py`: videos and captions to shards (run, records), a look into them (inspect), a check (verify).
 
 Heavy packages are imported by the sub-command that needs them.
 """
@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="videos + captions -> shards", description=_RUN))
+    _add_records(
+        commands.add_parser("records", help="the original's token records -> shards", description=_RECORDS)
+    )
     _add_inspect(
         commands.add_parser("inspect", help="statistics and contact sheet of shards", description=_INSPECT)
     )
@@ -61,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 _RUN = """Decode, resample, crop and code the videos of a caption file into HDF5 shards. A stopped run
 continues when the same command is given again. Rows without a clip are listed in failed.jsonl beside the
 shards, with reasons."""
+_RECORDS = """Turn flat int32 records of the original's data tool (64 text ids, then 5 frames of 20 x 20 codes) into
+HDF5 shards with token ids. Nothing is coded again. A stopped run continues when the same command is given again."""
 _INSPECT = """Print statistics of shards; with --tokenizer and --sheet draw clips decoded back from codes;
 with --config print the clips x rates table of the shards (else of its data.train) under that config."""
 
@@ -130,6 +135,32 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_run)
 
 
+def _add_records(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("files", type=Path, nargs="+", metavar="FILE", help="files of 8256-byte records, without a header")
+    add(
+        "--out", type=Path, required=True, metavar="DIR/STEM", help="shards become DIR/STEM-00000-of-000NN.h5"
+    )
+    add("--text", type=Path, required=True, metavar="FOLDER", help="text tokenizer (convert.py import-icetk-text)")
+    add(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="frame tokenizer (convert.py import-icetk-frames)",
+    )
+    add("--clips-per-shard", type=_count, default=10_000, help="records per shard (default: 10000)")
+    add(
+        "--eval-fraction",
+        type=_fraction,
+        default=0.0,
+        help="share of every file's records, its last ones, for STEM-eval; the rest is STEM-train",
+    )
+    add("--overwrite", action="store_true", help="remove shards that an earlier run made under this stem first")
+    add("--json", action="store_true", help="print the summary as one JSON object")
+    parser.set_defaults(command=_records)
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -159,8 +190,7 @@ def _run(options: argparse.Namespace) -> int:
     from megacog.prepare.workers import WorkerLimits
     from megacog.runtime.log import get_logger
 
-    if not options.out.name or options.out.name in (".", ".."):
-        raise ConfigError(f"--out {options.out} names no stem; give a folder and a name, e.g. data/clips")
+    _require_stem(options.out)
     source = read_source(
         options.captions, options.video_column, options.caption_column, options.allow_absolute
     )
@@ -200,6 +230,23 @@ def _run(options: argparse.Namespace) -> int:
         raise
     _show_summary(summary, options.json)
     return 0
+
+
+def _records(options: argparse.Namespace) -> int:
+    from megacog.prepare.records import RecordSettings, prepare_records
+    from megacog.tokenizers.frames import load_frame_tokenizer
+    from megacog.tokenizers.text import TextTokenizer
+
+    _require_stem(options.out)
+    settings = RecordSettings(options.out, options.clips_per_shard, options.eval_fraction, options.overwrite)
+    text, frames = TextTokenizer.load(options.text), load_frame_tokenizer(options.tokenizer)
+    _show_summary(prepare_records(options.files, text, frames, settings), options.json)
+    return 0
+
+
+def _require_stem(out: Path) -> None:
+    if not out.name or out.name in (".", ".."):
+        raise ConfigError(f"--out {out} names no stem; give a folder and a name, e.g. data/clips")
 
 
 def _show_source(source: Source, root: Path) -> None:

@@ -24,7 +24,7 @@ from megacog.prepare.containers import ClipError
 from megacog.prepare.decode import DecodedClip, DecodeSettings, decode_clip, decoder_name
 from megacog.prepare.meter import Meter
 from megacog.prepare.sources import Failure, Row, Source, printable, split_rows
-from megacog.prepare.state import Part, PartialOutput, SliceRecord, refuse_changes, write_failures
+from megacog.prepare.state import Part, PartialOutput, SliceRecord, produce, write_failures
 from megacog.prepare.workers import Decode, DecodePool, WorkerLimits
 from megacog.runtime.files import require_space, sha256_file
 from megacog.runtime.log import get_logger
@@ -32,7 +32,6 @@ from megacog.runtime.log import get_logger
 if TYPE_CHECKING:
     from megacog.tokenizers.frames import FrameTokenizer
 
-_MINIMUM_SPACE_BYTES = 16 << 20
 logger = get_logger(__name__)
 
 
@@ -116,30 +115,22 @@ def prepare(
     start = time.monotonic()
     meta = _shard_meta(tokenizer, settings.decode)
     slices, parts = _plan(source, settings)
-    stems = [part.stem for part in parts]
-    recorded = _recorded_settings(source, meta, settings)
-    output = PartialOutput(settings.out)
-    manifest = None if settings.overwrite else output.manifest()
-    if manifest is not None and not output.folder.is_dir():
-        refuse_changes(settings.out, manifest["settings"], recorded)
-        return _summary(settings.out, manifest, start, earlier=True)
-    if settings.overwrite:
-        with output.locked():
-            output.discard(stems)
-    require_space(settings.out, _MINIMUM_SPACE_BYTES)
-    with output.locked():
-        output.begin(recorded, stems)
+
+    def make(output: PartialOutput) -> list[Failure]:
         _make_slices(slices, output, tokenizer, meta, settings, decode)
         failures = _all_failures(source, slices, output)
         if len(failures) == len(source.rows) + len(source.failures):
             path = write_failures(settings.out, failures)
-            output.discard(stems)
+            output.discard([part.stem for part in parts])
             raise DataError(
                 f"not one of {len(failures)} rows of {source.path} could be prepared; {path} says why "
                 f"(line {failures[0].line}: {failures[0].reason}). Mend them and run again."
             )
-        manifest = output.finish(parts, recorded, source.failures)
-    return _summary(settings.out, manifest, start)
+        return source.failures
+
+    recorded = _recorded_settings(source, meta, settings)
+    manifest, earlier = produce(settings.out, recorded, parts, make, overwrite=settings.overwrite)
+    return summarize(settings.out, manifest, start, earlier)
 
 
 def encode_in_batches(
@@ -305,8 +296,18 @@ def _all_failures(source: Source, slices: Sequence[_Slice], output: PartialOutpu
     return sorted(failures, key=lambda failure: failure.line)
 
 
-def _summary(stem: Path, manifest: dict[str, Any], start: float, earlier: bool = False) -> Summary:
-    """Raises: DataError: a finished shard has gone or changed its size."""
+def summarize(stem: Path, manifest: dict[str, Any], start: float, earlier: bool) -> Summary:
+    """Returns what a manifest says, after checking that the shards are there.
+
+    Args:
+        stem: of the output.
+        manifest: of the output.
+        start: `time.monotonic()` when the run started.
+        earlier: an earlier run has made everything.
+
+    Raises:
+        DataError: a finished shard has gone or changed its size.
+    """
     shards = manifest["shards"]
     for shard in shards:
         path = stem.parent / shard["file"]

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from typing import Any
 from megacog.data.shards import shard_path
 from megacog.errors import ConfigError, DataError, EnvError
 from megacog.prepare.sources import Failure
-from megacog.runtime.files import atomic_file, sync_directory
+from megacog.runtime.files import atomic_file, require_space, sync_directory
 
 FORMAT = "megacog-prepare"
 FAILED = "failed.jsonl"
+_MINIMUM_SPACE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,43 @@ class PartialOutput:
                 f"{self.slice_path(part, index)} has gone while preparing; run the same command again."
             )
         return record
+
+
+def produce(
+    stem: Path,
+    settings: Mapping[str, Any],
+    parts: Sequence[Part],
+    make: Callable[[PartialOutput], Sequence[Failure]],
+    *,
+    overwrite: bool,
+) -> tuple[dict[str, Any], bool]:
+    """Returns the manifest of a preparation, and whether an earlier run had made everything already.
+
+    Args:
+        stem: of the output.
+        settings: everything that the shards' bytes depend on.
+        parts: of the output.
+        make: makes the slices without a record and returns the failures that belong to no slice.
+        overwrite: remove what an earlier run left under the stem first.
+
+    Raises:
+        ConfigError: the output belongs to a run with other settings.
+        EnvError: no disk space, or another process prepares this output.
+    """
+    stems = [part.stem for part in parts]
+    output = PartialOutput(stem)
+    manifest = None if overwrite else output.manifest()
+    if manifest is not None and not output.folder.is_dir():
+        refuse_changes(stem, manifest["settings"], settings)
+        return manifest, True
+    if overwrite:
+        with output.locked():
+            output.discard(stems)
+    require_space(stem, _MINIMUM_SPACE_BYTES)
+    with output.locked():
+        output.begin(settings, stems)
+        failures = make(output)
+        return output.finish(parts, settings, failures), False
 
 
 def finished_shards(stems: Sequence[Path]) -> list[Path]:

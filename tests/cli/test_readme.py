@@ -58,7 +58,7 @@ SMALLER = (
     ("samples: {every: 1000", "samples: {every: 4"),
 )
 """Sizes only: what stands in the README, and what the test puts in its place. Each must occur."""
-WITH_SUBCOMMANDS = ("prepare.py", "train_tokenizer.py", "prove.py", "benchmark.py")
+WITH_SUBCOMMANDS = ("prepare.py", "train_tokenizer.py", "prove.py", "benchmark.py", "convert.py")
 FOREIGN = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}
 FILE_SUFFIXES = ("jsonl", "json", "safetensors", "yaml", "py", "md", "png", "model", "h5")
 
