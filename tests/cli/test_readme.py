@@ -195,8 +195,9 @@ def test_every_option_of_a_shown_command_exists() -> None:
 def test_every_option_named_in_the_text_exists() -> None:
     scripts = [path.name for path in sorted((ROOT / "launch").glob("*.sh")) if path.name != "environment.sh"]
     texts = [help_text(name) for name in (*scripts, "pretrain.py", "evaluate.py")]
-    texts += [help_text("prepare.py", name) for name in ("run", "inspect", "verify", "digits")]
+    texts += [help_text("prepare.py", name) for name in ("run", "records", "inspect", "verify", "digits")]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
+    texts += [help_text("convert.py", name) for name in ("import-icetk-text", "import-icetk-frames")]
     texts += [help_text("prove.py", name) for name in re.findall(r"\{([\w,]+)\}", help_text("prove.py"))[0].split(",")]
     foreign = ["--num_accelerators", "--gpus-per-node", "--logdir"]  # of deepspeed, srun and tensorboard
     foreign += ["--shutdown-timeout", "--signals-to-handle", "--signal", "-TERM", "-f"]  # of torchrun, scancel, pkill

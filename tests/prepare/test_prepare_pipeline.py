@@ -18,7 +18,7 @@ from tiny_videos import ramp, random_tokenizer, write_captions, write_frames, wr
 
 from megacog.data.shards import Shard
 from megacog.errors import ConfigError, DataError, EnvError
-from megacog.prepare import pipeline
+from megacog.prepare import pipeline, state
 from megacog.prepare.decode import DecodeSettings, decode_clip
 from megacog.prepare.pipeline import PrepareSettings, Summary, encode_in_batches, prepare
 from megacog.prepare.sources import Failure, read_source
@@ -300,7 +300,7 @@ def test_a_full_disk_is_an_error_with_figures_and_keeps_what_is_done(
     with pytest.raises(EnvError, match=r"16777216 bytes .* needed, 1048576 bytes .* free"):
         _prepare(corpus, tmp_path / "clips")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(pipeline, "_MINIMUM_SPACE_BYTES", 1)
+    monkeypatch.setattr(state, "_MINIMUM_SPACE_BYTES", 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     with pytest.raises(EnvError, match="100 bytes .* free"):
         _prepare(corpus, tmp_path / "clips")
