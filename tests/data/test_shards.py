@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import h5py
@@ -227,6 +228,21 @@ def test_codes_outside_the_codebook_are_refused_though_their_checksum_fits(tmp_p
         Shard(path).read(0, [0])
     with pytest.raises(DataError, match="outside the codebook"):
         Shard(path).verify()
+
+
+@pytest.mark.parametrize(("name", "index", "value"), [("token_ids", 4, -1), ("token_offsets", 1, 0)])
+def test_impossible_token_ids_are_refused_though_their_checksum_fits(
+    tmp_path: Path, name: str, index: int, value: int
+) -> None:
+    path = write_shard(tmp_path / "a.h5", tokens=True)
+    with h5py.File(path, "r+", libver="latest") as file:
+        stored = file[f"clips/{name}"]
+        values = stored[...]
+        values[index] = value
+        stored[...] = values
+        stored.attrs["crc32"] = np.uint32(zlib.crc32(values))
+    with pytest.raises(DataError, match="a.h5: /clips/token_ids has clips without ids, or impossible ids"):
+        Shard(path)
 
 
 @pytest.mark.parametrize("kind", ["external link", "soft link", "external storage", "chunks", "virtual"])

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_icetk import image_weights, small_config, small_vqvae
 
 from megacog.errors import CheckpointError, EnvError
 from megacog.interop.icetk_frames import import_icetk_frames
 from megacog.interop.main import main
 from megacog.tokenizers.frames import load_frame_tokenizer
-from tests.small_icetk import image_weights, small_config, small_vqvae
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from small_icetk import CAPTIONS, write_text_model
 
 from megacog.errors import CheckpointError, DataError, EnvError
 from megacog.interop import icetk_text
 from megacog.interop.icetk_text import APPENDED, ID_OFFSET, append_pieces, import_icetk_text
 from megacog.interop.main import main
 from megacog.tokenizers.text import TextTokenizer
-from tests.small_icetk import CAPTIONS, write_text_model
 
 DOG = CAPTIONS[0]
 

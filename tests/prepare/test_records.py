@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_icetk import CAPTIONS, write_text_model
 
 from megacog.config.schema import Config
 from megacog.data.check import check_data
@@ -25,7 +26,6 @@ from megacog.prepare.verify import verify
 from megacog.tokenizers.frames import FrameTokenizer, load_frame_tokenizer, write_frame_tokenizer
 from megacog.tokenizers.icetk_vqvae import IcetkVqvae, IcetkVqvaeConfig
 from megacog.tokenizers.text import TextSettings, TextTokenizer
-from tests.small_icetk import CAPTIONS, write_text_model
 
 PAD, SEPARATOR = 20003, 20004
 

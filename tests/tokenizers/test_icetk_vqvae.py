@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from small_icetk import image_weights, small_vqvae
 from torch import Tensor
 
 from megacog.errors import ConfigError, DataError
 from megacog.tokenizers.frames import load_frame_tokenizer, write_frame_tokenizer
 from megacog.tokenizers.icetk_vqvae import IcetkVqvae, IcetkVqvaeConfig
-from tests.small_icetk import image_weights, small_vqvae
 
 KEYS = Path(__file__).parent.parent / "interop" / "ice_image_keys.tsv"
 RATES = (4, 8, 16)
