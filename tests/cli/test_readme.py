@@ -199,6 +199,8 @@ def test_every_option_named_in_the_text_exists() -> None:
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
     texts += [help_text("convert.py", name) for name in ("import-icetk-text", "import-icetk-frames")]
     texts += [help_text("prove.py", name) for name in re.findall(r"\{([\w,]+)\}", help_text("prove.py"))[0].split(",")]
+    tools = (ROOT / "kernels" / "benchmarks").glob("*.py")
+    texts += [path.read_text(encoding="utf-8") for path in tools]
     foreign = ["--num_accelerators", "--gpus-per-node", "--logdir"]  # of deepspeed, srun and tensorboard
     foreign += ["--shutdown-timeout", "--signals-to-handle", "--signal", "-TERM", "-f"]  # of torchrun, scancel, pkill
     known = "\n".join([*texts, *foreign])
