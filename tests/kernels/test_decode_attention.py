@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from attention_cases import DEVICE, Case, error, expected, make_case
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_cases import masks
 
 from megacog_kernels.attention import decode_attention
-from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
+from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, dense_mask
 
 
 def buffers(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,12 +20,15 @@ def buffers(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([case.text_k, case.k], dim=1), torch.cat([case.text_v, case.v], dim=1)
 
 
-def decode(case: Case, tokens: torch.Tensor, implementation: str, splits: int = 2) -> torch.Tensor:
+def decode(
+    case: Case, tokens: torch.Tensor, implementation: str, splits: int = 2, text_bias: float = 0.0
+) -> torch.Tensor:
     rows = tokens.long()[..., None, None].expand(-1, -1, *case.q.shape[2:])
     q = case.q.gather(1, rows)
     return decode_attention(
-        q, *buffers(case), case.text_valid, tokens, case.mask, case.grid, splits=splits, implementation=implementation
-    )
+        q, *buffers(case), case.text_valid, tokens, case.mask, case.grid, text_bias=text_bias, splits=splits,
+        implementation=implementation,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
@@ -38,6 +43,32 @@ def test_a_token_gets_its_row_of_the_whole_attention(
     got, wanted = decode(case, tokens, implementation, splits), expected(case).out
     for sample in range(2):
         assert error(got[sample], wanted[sample, tokens[sample].long()]) < 1e-5
+
+
+def heavier_text(case: Case, tokens: torch.Tensor, factor: float) -> torch.Tensor:
+    """The definition in fp64, with the weights (not the scores) of text keys times `factor`."""
+    k, v = (part.double() for part in buffers(case))
+    q = case.q.double().gather(1, tokens.long()[..., None, None].expand(-1, -1, *case.q.shape[2:]))
+    weights = torch.einsum("brnd,bsnd->bnrs", q, k).div(math.sqrt(q.shape[-1])).exp()
+    text_length = case.text_valid.shape[1]
+    weights[..., :text_length] *= factor * case.text_valid[:, None, None]
+    frames = torch.from_numpy(dense_mask(case.mask, case.grid).copy()).to(DEVICE)
+    weights[..., text_length:] *= frames[tokens.long()][:, None]
+    return torch.einsum("bnrs,bsnd->brnd", weights / weights.sum(-1, keepdim=True), v)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("text", [3, 70])
+@pytest.mark.parametrize("text_bias", [1.4, -0.7])
+def test_a_text_bias_multiplies_the_weight_of_every_text_key(
+    implementation: str, text: int, text_bias: float
+) -> None:
+    case = make_case(MaskSpec(Order.sequential(3), Space("local3d", (3, 3))), VideoGrid(3, 4, 5), batch=2, text=text)
+    case.text_valid[:, -1] = True
+    tokens = torch.tensor([[0, 27], [45, 59]], dtype=torch.int32, device=DEVICE)
+    got = decode(case, tokens, implementation, splits=4, text_bias=text_bias)
+    assert error(got, heavier_text(case, tokens, math.exp(text_bias))) < 1e-5
+    assert error(got, decode(case, tokens, implementation, splits=4)) > 1e-2
 
 
 def test_triton_never_reads_what_a_token_does_not_see() -> None:

@@ -36,21 +36,21 @@ def _slot_of(mask: MaskSpec, grid: VideoGrid, device: torch.device) -> Tensor:
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor, tokens: Tensor, mask: MaskSpec, grid: VideoGrid,
-    scale: float, splits: int,
+    scale: float, text_bias: float, splits: int,
 ) -> Tensor:  # fmt: skip
     """See `decode_attention` of ops.py, which checks the arguments."""
     B, R, N, D = q.shape
     parts = torch.empty(B * R * N, splits, D, dtype=torch.float32, device=q.device)
     statistics = torch.empty(B * R * N, splits, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(B, R, N, D, dtype=q.dtype, device=q.device)
-    partial_call(q, k, v, text_valid, tokens, mask, grid, scale, parts, statistics).run()
+    partial_call(q, k, v, text_valid, tokens, mask, grid, scale, text_bias, parts, statistics).run()
     join_call(parts, statistics, out).run()
     return out
 
 
 def partial_call(
     q: Tensor, k: Tensor, v: Tensor, text_valid: Tensor, tokens: Tensor, mask: MaskSpec, grid: VideoGrid,
-    scale: float, parts: Tensor, statistics: Tensor,
+    scale: float, text_bias: float, parts: Tensor, statistics: Tensor,
 ) -> Call:  # fmt: skip
     """Fills parts fp32 [B * R * N, splits, D] and statistics fp32 [B * R * N, splits, 2]."""
     from megacog_kernels.attention.decode_kernels import decode_partial
@@ -65,7 +65,8 @@ def partial_call(
     arguments |= {"words": table.words, "key_words": table.key_words}
     arguments |= {"key_rows": table.key_rows, "key_count": table.key_count}
     arguments |= {name: visits[name] for name in ("start", "end", "visited")}
-    arguments |= {"scale": scale * math.log2(math.e), "text_length": L, "text_tiles": -(-L // TILE_K)}
+    arguments |= {"scale": scale * math.log2(math.e), "text_bias": text_bias * math.log2(math.e)}
+    arguments |= {"text_length": L, "text_tiles": -(-L // TILE_K)}
     arguments |= {"total_slots": plan.query.rows.size, "new_rows": R, "heads": N, "group": N // k.shape[2]}
     arguments |= {"box_constant": box.constant if box else 0, "box_guards": box.guards if box else 0}
     constants = {"HEAD_DIM": D, "TILE_Q": TILE_Q, "TILE_K": TILE_K, "SPLITS": splits}

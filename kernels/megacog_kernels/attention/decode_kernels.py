@@ -16,7 +16,7 @@ from megacog_kernels.attention.tile import NOT_SPECIALIZED, sees, words_of
 def decode_partial(
     q, k, v, text_valid, tokens, slot_of, parts, statistics, words, start, end, visited, key_rows, key_count,
     key_words, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, tokens_batch, tokens_row,
-    scale, text_length, text_tiles, total_slots, new_rows, heads, group, box_constant, box_guards,
+    scale, text_bias, text_length, text_tiles, total_slots, new_rows, heads, group, box_constant, box_guards,
     HEAD_DIM: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, SPLITS: tl.constexpr, BOX: tl.constexpr,
     SIMPLE: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,8 @@ def decode_partial(
         rows = at.to(tl.int64)[:, None]
         keys = tl.load(k + rows * k_row + channel[None, :], mask=allowed[:, None], other=0.0).to(tl.float32)
         values = tl.load(v + rows * v_row + channel[None, :], mask=allowed[:, None], other=0.0).to(tl.float32)
-        scores = tl.where(allowed, tl.sum(keys * query[None, :], 1) * scale, float("-inf"))
+        bias = tl.where(index < text_tiles, text_bias, 0.0)
+        scores = tl.where(allowed, tl.sum(keys * query[None, :], 1) * scale + bias, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 0))
         weights = tl.exp2(scores - new_maximum)
         decay = tl.exp2(maximum - new_maximum)

@@ -134,6 +134,7 @@ def decode_attention(
     grid: VideoGrid,
     *,
     scale: float | None = None,
+    text_bias: float = 0.0,
     splits: int = 8,
     implementation: Implementation = "auto",
 ) -> Tensor:
@@ -149,6 +150,7 @@ def decode_attention(
         tokens: int32 [B, R] on the device of q: frame * P + cell of every row of q.
         mask, grid: The rule of `megacog_kernels.grid`.
         scale: Factor of the scores; None = 1 / sqrt(D).
+        text_bias: Added to the scaled scores of text keys: each weighs exp(text_bias) times as much.
         splits: Programs that share the keys of one token and head, a power of 2.
 
     Returns:
@@ -160,11 +162,11 @@ def decode_attention(
     _check_decode(q, k, v, text_valid, tokens, grid, splits)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if choose(implementation, q.device, q.dtype, q.shape[-1]) == "reference":
-        return masked_decode(q, k, v, text_valid, tokens, mask, grid, scale)
+        return masked_decode(q, k, v, text_valid, tokens, mask, grid, scale, text_bias)
     from megacog_kernels.attention.decode import decode
 
     _check_strides(q=q, k=k, v=v)
-    return decode(q, k, v, text_valid.contiguous(), tokens, mask, grid, scale, splits)
+    return decode(q, k, v, text_valid.contiguous(), tokens, mask, grid, scale, text_bias, splits)
 
 
 def _check_decode(

@@ -27,6 +27,7 @@ def video_attention(
     text_valid_BL: Tensor,
     mask: MaskSpec,
     grid: VideoGrid,
+    text_bias: float = 0.0,
 ) -> Tensor:
     """One softmax of every frame query over the valid text keys and its visible frame keys.
 
@@ -38,6 +39,7 @@ def video_attention(
         text_valid_BL: bool, False where the text is padding.
         mask: Order and space of `megacog_kernels.grid`.
         grid: The video grid.
+        text_bias: Added to the scaled scores of text keys.
 
     Returns:
         [B, F, N, D] in the dtype of q.
@@ -54,13 +56,14 @@ def video_attention(
         k_BKND = torch.cat([text_k_BLND, *(k_BPND[key] for key in keys)], dim=1)
         v_BKND = torch.cat([text_v_BLND, *(v_BPND[key] for key in keys)], dim=1)
         allowed_BPK = _join(text_valid_BL, allowed_PK)
-        outputs.append(_attend(q_BPND[frame], k_BKND, v_BKND, allowed_BPK))
+        added_BPK = _favor_text(allowed_BPK, text_k_BLND.shape[1], text_bias, k_BKND)
+        outputs.append(_attend(q_BPND[frame], k_BKND, v_BKND, added_BPK))
     return torch.cat(outputs, dim=1)
 
 
 def grouped_attention(
     q_BFND: Tensor, k_BFMD: Tensor, v_BFMD: Tensor, text_k_BLMD: Tensor, text_v_BLMD: Tensor, text_valid_BL: Tensor,
-    mask: MaskSpec, grid: VideoGrid, scale: float, return_lse: bool,
+    mask: MaskSpec, grid: VideoGrid, scale: float, text_bias: float, return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`video_attention` with N / M query heads per key head and a scale of the scores.
 
@@ -70,9 +73,10 @@ def grouped_attention(
     group = q_BFND.shape[2] // k_BFMD.shape[2]
     k, v, text_k, text_v = (_repeat(part, group) for part in (k_BFMD, v_BFMD, text_k_BLMD, text_v_BLMD))
     q = _rescale(q_BFND, scale)
-    frames = video_attention(q, k, v, text_k, text_v, text_valid_BL, mask, grid)
-    lse = _log_sum_exp(q, torch.cat([text_k, k], dim=1), text_valid_BL, mask, grid) if return_lse else None
-    return frames, lse
+    frames = video_attention(q, k, v, text_k, text_v, text_valid_BL, mask, grid, text_bias)
+    if not return_lse:
+        return frames, None
+    return frames, _log_sum_exp(q, torch.cat([text_k, k], dim=1), text_valid_BL, mask, grid, text_bias)
 
 
 def grouped_text_attention(q_BLND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, valid_BL: Tensor, scale: float) -> Tensor:
@@ -91,20 +95,24 @@ def _rescale(q_BRND: Tensor, scale: float) -> Tensor:
     return q_BRND if math.isclose(factor, 1.0, rel_tol=1e-12) else q_BRND * factor
 
 
-def _log_sum_exp(q_BFND: Tensor, k_BKND: Tensor, text_valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid) -> Tensor:
+def _log_sum_exp(
+    q_BFND: Tensor, k_BKND: Tensor, text_valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid, text_bias: float
+) -> Tensor:
     with torch.no_grad():
         allowed_BFK = _join(text_valid_BL, _dense_mask(mask, grid, q_BFND.device))
         scores_BNFK = torch.einsum("bfnd,bknd->bnfk", q_BFND.float(), k_BKND.float()) * q_BFND.shape[3] ** -0.5
+        scores_BNFK[..., : text_valid_BL.shape[1]] += text_bias
         return scores_BNFK.masked_fill(~allowed_BFK[:, None], float("-inf")).logsumexp(dim=-1)
 
 
 def masked_decode(
     q_BRND: Tensor, k_BSMD: Tensor, v_BSMD: Tensor, text_valid_BL: Tensor, tokens_BR: Tensor,
-    mask: MaskSpec, grid: VideoGrid, scale: float,
+    mask: MaskSpec, grid: VideoGrid, scale: float, text_bias: float,
 ) -> Tensor:  # fmt: skip
     """New tokens against buffers of text and frame slots, S = L + F: [B, R, N, D].
 
-    Reads the tokens on the host, and only keys that one of them sees: in place where these adjoin.
+    `text_bias` is added to the scaled scores of text keys. Reads the tokens on the host, and only keys that one of
+    them sees: in place where these adjoin.
     """
     rows, L, device = tokens_BR.tolist(), text_valid_BL.shape[1], q_BRND.device
     tokens_U = tuple(sorted({token for row in rows for token in row}))
@@ -117,7 +125,7 @@ def masked_decode(
     if not text_valid_BL.all():
         text_B1K = F.pad(text_valid_BL, (0, k_BKND.shape[1] - L), value=True)[:, None]
         allowed_BRK = text_B1K if allowed_BRK is None else allowed_BRK & text_B1K
-    return _attend(_rescale(q_BRND, scale), k_BKND, v_BKND, allowed_BRK)
+    return _attend(_rescale(q_BRND, scale), k_BKND, v_BKND, _favor_text(allowed_BRK, L, text_bias, k_BKND))
 
 
 def _read(x_BSMD: Tensor, slots: slice | Tensor) -> Tensor:
@@ -149,7 +157,17 @@ def _join(text_valid_BL: Tensor, allowed_RK: Tensor) -> Tensor:
     return torch.cat([text_valid_BL[:, None].expand(B, R, -1), allowed_RK.expand(B, -1, -1)], dim=2)
 
 
+def _favor_text(mask_BRK: Tensor | None, text_length: int, text_bias: float, k_BKND: Tensor) -> Tensor | None:
+    """The mask of keys, text first, as what is added to their scores; the mask itself if nothing is."""
+    if not text_bias:
+        return mask_BRK
+    added_11K = k_BKND.new_zeros(1, 1, k_BKND.shape[1])
+    added_11K[..., :text_length] = text_bias
+    return added_11K if mask_BRK is None else added_11K.masked_fill(~mask_BRK, float("-inf"))
+
+
 def _attend(q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor | None) -> Tensor:
+    """Masked attention; `allowed_BRK` is bool, or added to the scores."""
     mask = None if allowed_BRK is None else allowed_BRK[:, None]
     out_BNRD = F.scaled_dot_product_attention(
         q_BRND.transpose(1, 2), k_BKND.transpose(1, 2), v_BKND.transpose(1, 2), attn_mask=mask

@@ -79,5 +79,5 @@ def _decode(mask: MaskSpec, dtype: torch.dtype, head_dim: int) -> tuple[Call, Ca
     valid = torch.empty(1, TEXT, dtype=torch.bool, device="meta")
     tokens = torch.empty(1, 1, dtype=torch.int32, device="meta")
     parts, statistics = (torch.empty(2, 8, width, device="meta") for width in (head_dim, 2))
-    partial = partial_call(q[:, :1], k, v, valid, tokens, mask, GRID, 1.0, parts, statistics)
+    partial = partial_call(q[:, :1], k, v, valid, tokens, mask, GRID, 1.0, 0.0, parts, statistics)
     return partial, join_call(parts, statistics, torch.empty(1, 1, 2, head_dim, dtype=dtype, device="meta"))
