@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megacog.config import deepspeed_keys, yaml_text
+from megacog.config.generation import GenerationConfig
 from megacog.config.schema import Config
 from megacog.errors import ConfigError
 
@@ -60,12 +61,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def apply_overrides(section: SectionT, overrides: Sequence[str], prefix: str) -> SectionT:
     """Return a section (e.g. the `generation` one) with `key=value` or `prefix.key=value` overrides applied.
 
+    A preset among the overrides replaces what the section says of its keys.
+
     Raises:
         ConfigError: as `load_config`.
     """
     source = _Source(section.model_dump(mode="json"))
     for override in overrides:
         _apply(source, override, prefix, type(section))
+    if isinstance(section, GenerationConfig):
+        given = {path[0]: source.values[path[0]] for path in source.places if len(path) == 1}
+        for key in section.replaced_by(given):
+            del source.values[key]
     return _validate(type(section), source, prefix)
 
 

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Stage = Literal["base", "sequential", "interpolation"]
-PlusStage = Literal["sequential", "interpolation"]
-Kernels = Literal["auto", "triton", "reference"]
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from megacog.config.generation import GenerationConfig as GenerationConfig
+from megacog.config.section import Kernels as Kernels
+from megacog.config.section import PlusStage as PlusStage
+from megacog.config.section import Section as Section
+from megacog.config.section import Stage as Stage
 
 
 class SpaceConfig(Section):
@@ -292,39 +288,6 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 = only at the end."""
     keep_last: int = Field(default=3, ge=1)
     """Newest checkpoints that are kept."""
-
-
-class GenerationConfig(Section):
-    """How clips are sampled."""
-
-    levels: int = Field(default=3, ge=0, le=10)
-    """Recursive interpolations after the key frames: 5 -> 9 -> 17 -> 33 frames."""
-    seconds: float = Field(default=4.0, gt=0)
-    """Time between the first and the last key frame of one pass."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits before sampling; near 0 = always the likeliest code."""
-    top_k: int | None = Field(default=None, ge=1)
-    """Sample among this many likeliest codes; null = all."""
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    """Sample among the likeliest codes that hold this probability; null = all."""
-    guidance: float = Field(default=1.0, ge=0)
-    """Classifier-free guidance scale of the key frames; 1 = off."""
-    interpolation_guidance: float = Field(default=1.0, ge=0)
-    """Guidance scale of interpolated frames; 1 = off."""
-    batch_size: int = Field(default=8, ge=1)
-    """Clips (or interpolation blocks) generated at once."""
-    kernels: Kernels = "auto"
-    """What runs attention: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
-    overlap: int = Field(default=1, ge=1, le=4)
-    """Key frames that the next pass of a long clip is given."""
-    seed: int = 1234
-    """With prompt and sample number it decides every random draw of a clip."""
-    samples: int = Field(default=1, ge=1)
-    """Clips per prompt."""
-
-    def text_spans(self, seconds: float) -> tuple[float, ...]:
-        """Seconds that the texts of a pass name: those of its key frames, then half as many per interpolation."""
-        return tuple(seconds / 2**level for level in range(self.levels + 1))
 
 
 class SamplesConfig(Section):

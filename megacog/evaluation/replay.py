@@ -21,7 +21,7 @@ from megacog.config.schema import Stage
 from megacog.evaluation.evaluate import tasks
 from megacog.generation.cache import Decoder
 from megacog.generation.decode import generate_frames
-from megacog.generation.sampling import guide, row_generator
+from megacog.generation.sampling import guide, row_generator, sample_codes
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog.runtime import log
@@ -67,7 +67,7 @@ def compare(
     shape = (B, model.config.cells)
     known = {frame: torch.randint(model.config.image_vocab_size, shape, generator=noise) for frame in given}
     codes_BTP = generate_frames(
-        model, stage, *text, null, known, guidance=guidance, temperature=1.0, top_k=None, top_p=None,
+        model, stage, *text, null, known, guidance=guidance, choose=sample_codes,
         generators=[row_generator("replay", stage, row) for row in range(B)],
     )  # fmt: skip
     stepped = [frame for frame in range(layout.grid.frames) if frame not in given]

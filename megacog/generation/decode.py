@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megacog.config.schema import Stage
 from megacog.generation.cache import Decoder
-from megacog.generation.sampling import draw_uniforms, guide, sample_codes
+from megacog.generation.sampling import Choose, draw_uniforms, guide
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog_kernels.grid import Order
@@ -57,10 +57,9 @@ def generate_frames(
     known: Mapping[int, Tensor],
     *,
     guidance: float,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    choose: Choose,
     generators: Sequence[torch.Generator],
+    text_bias: float = 0.0,
     plus: bool = True,
     on_frame: Callable[[int], None] | None = None,
 ) -> Tensor:
@@ -71,7 +70,9 @@ def generate_frames(
         null_text: pieces and validity of the null text, [B, L] each or one row for all; needed when guidance != 1.
         known: codes [B, P] by frame index. In `interpolation` all even frames must be known.
         guidance: scale of classifier-free guidance; 1 runs no null rows.
+        choose: draws codes from (guided) logits, see `sampling.chooser`.
         generators: one per row, on the CPU; each draws (unknown frames x cells) numbers.
+        text_bias: added to the attention scores of text keys in every frame row.
         plus: False switches the attention-plus channel off.
         on_frame: called with B after each sampled frame.
     """
@@ -100,18 +101,14 @@ def generate_frames(
     def both_streams(codes: Tensor) -> Tensor:
         return torch.cat([codes, codes]) if guided else codes
 
-    def choose(logits_RV: Tensor, uniform_B: Tensor) -> Tensor:
-        logits_BV = logits_RV
-        if guided:
-            conditional_BV, null_BV = logits_RV.chunk(2)
-            logits_BV = guide(conditional_BV, null_BV, guidance)
-        return sample_codes(logits_BV, uniform_B, temperature=temperature, top_k=top_k, top_p=top_p)
+    def guided_logits(logits_RV: Tensor) -> Tensor:
+        return guide(*logits_RV.chunk(2), guidance) if guided else logits_RV
 
     codes_BTP = torch.empty(num_clips, frames, cells, dtype=torch.int64, device=device)
     for frame, codes_BP in known.items():
         codes_BTP[:, frame] = codes_BP.to(device)
     with _sampling_mode(model):
-        decoder = Decoder(model, stage, text_RL.to(device), valid_RL.to(device), plus=plus)
+        decoder = Decoder(model, stage, text_RL.to(device), valid_RL.to(device), plus=plus, text_bias=text_bias)
         for level in levels:
             given = [frame for frame in level if frame in known]
             if given:
@@ -122,7 +119,8 @@ def generate_frames(
                 uniform_BP = next(uniforms)
                 previous_R = None
                 for cell in range(cells):
-                    code_B = choose(decoder.step(frame, cell, previous_R), uniform_BP[:, cell])
+                    logits_BV = guided_logits(decoder.step(frame, cell, previous_R))
+                    code_B = choose(logits_BV, uniform_BP[:, cell])
                     codes_BTP[:, frame, cell] = code_B
                     previous_R = both_streams(code_B)
                 if on_frame is not None:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from megacog.config.schema import GenerationConfig, Stage
 from megacog.errors import ConfigError, DataError
+from megacog.generation.clusters import clusters_for
 from megacog.generation.decode import generate_frames
-from megacog.generation.sampling import row_generator
+from megacog.generation.sampling import chooser, row_generator
 from megacog.model.transformer import CogVideo
 from megacog.tokenizers.frames import FrameTokenizer
 from megacog.tokenizers.text import TextTokenizer
@@ -168,13 +169,19 @@ class ClipGenerator:
         settings: GenerationConfig,
         on_frame: Callable[[int], None] | None = None,
     ) -> None:
-        """`on_frame` is called with the number of frames just sampled (all clips of a batch together)."""
+        """`on_frame` is called with the number of frames just sampled (all clips of a batch together).
+
+        Raises:
+            ConfigError, DataError: the settings' clusters cannot be had, see `clusters_for`.
+        """
         self.model = model
         self.text = text
         self.frames = frames
         self.settings = settings
         self.on_frame = on_frame
         self.num_frames = model.config.num_frames
+        clusters = clusters_for(settings, frames)
+        self.clusters = clusters.to(model.device) if clusters is not None else None
 
     def check(self, request: ClipRequest) -> None:
         """Tokenize everything that the clip will need.
@@ -183,12 +190,16 @@ class ClipGenerator:
             DataError: a text (with guidance, also the null text) is empty or too long for the model.
         """
         plan = plan_clip(request.seconds, self.num_frames, self.settings)
-        spans = [None, *self.settings.text_spans(plan.span)]
-        ids = [self.text.encode(request.text, span, self.num_frames) for span in spans]
+        key_span, *spans = self.settings.text_spans(plan.span)
+        spans_of: dict[Stage, Sequence[float | None]] = {
+            "base": [None], "sequential": [key_span], "interpolation": spans
+        }  # fmt: skip
         length = self.model.config.text_length
-        self.text.pad(ids, length)
-        if self.settings.guidance != 1.0 or self.settings.interpolation_guidance != 1.0:
-            self.text.require_null_fits(spans, self.num_frames, length)
+        for stage, stage_spans in spans_of.items():
+            caption = self.settings.caption(request.text, stage)
+            self.text.pad([self.text.encode(caption, span, self.num_frames) for span in stage_spans], length)
+            if self.settings.guidance_of(stage) != 1.0:
+                self.text.require_null_fits(stage_spans, self.num_frames, length)
 
     def generate(self, requests: Sequence[ClipRequest]) -> Iterator[ClipChunk]:
         """Chunks of finished frames, `settings.batch_size` clips at a time, in constant memory."""
@@ -214,17 +225,18 @@ class ClipGenerator:
             yield from self._finish(clips)
             clips = [clip for clip in clips if not clip.finished]
 
-    def _sample(self, stage: Stage, rows: Sequence[_Row], guidance: float) -> Tensor:
+    def _sample(self, stage: Stage, rows: Sequence[_Row]) -> Tensor:
         """Codes [B, T, P] on the CPU of rows that all know the same frames, `batch_size` at once."""
         size = self.settings.batch_size
-        parts = [self._sample_batch(stage, rows[at : at + size], guidance) for at in range(0, len(rows), size)]
+        parts = [self._sample_batch(stage, rows[at : at + size]) for at in range(0, len(rows), size)]
         return torch.cat(parts)
 
-    def _sample_batch(self, stage: Stage, rows: Sequence[_Row], guidance: float) -> Tensor:
+    def _sample_batch(self, stage: Stage, rows: Sequence[_Row]) -> Tensor:
         length = self.model.config.text_length
-        text_BL, valid_BL = self.text.pad(
-            [self.text.encode(row.clip.request.text, row.span, self.num_frames) for row in rows], length
-        )
+        guidance = self.settings.guidance_of(stage)
+        captions = [self.settings.caption(row.clip.request.text, stage) for row in rows]
+        ids = [self.text.encode(text, row.span, self.num_frames) for text, row in zip(captions, rows, strict=True)]
+        text_BL, valid_BL = self.text.pad(ids, length)
         null_text = None
         if guidance != 1.0:
             null_text = self.text.pad([self.text.encode_null(row.span, self.num_frames) for row in rows], length)
@@ -237,9 +249,8 @@ class ClipGenerator:
             null_text,
             known,
             guidance=guidance,
-            temperature=self.settings.temperature,
-            top_k=self.settings.top_k,
-            top_p=self.settings.top_p,
+            choose=chooser(self.settings, stage, self.clusters),
+            text_bias=self.settings.text_bias_of(stage),
             generators=[row.generator for row in rows],
             on_frame=self.on_frame,
         ).cpu()
@@ -249,7 +260,7 @@ class ClipGenerator:
         if not clips:
             return
         rows = [_Row(clip, None, clip.generator("base", 0)) for clip in clips]
-        for clip, codes_TP in zip(clips, self._sample("base", rows, self.settings.guidance), strict=True):
+        for clip, codes_TP in zip(clips, self._sample("base", rows), strict=True):
             clip.keys_KP = codes_TP
 
     def _key_frames(self, clips: Sequence[_Clip], first_pass: bool) -> None:
@@ -263,7 +274,7 @@ class ClipGenerator:
                 place = clip.last_key - count + 1
                 generator = clip.generator("sequential", place)
                 rows.append(_Row(clip, clip.plan.span, generator, dict(enumerate(known_KP))))
-            for clip, codes_TP in zip(group, self._sample("sequential", rows, self.settings.guidance), strict=True):
+            for clip, codes_TP in zip(group, self._sample("sequential", rows), strict=True):
                 clip.keys_KP = torch.cat([clip.keys_KP, codes_TP[count:]])
 
     def _finish(self, clips: Sequence[_Clip]) -> Iterator[ClipChunk]:
@@ -301,7 +312,7 @@ class ClipGenerator:
                 rows.append(_Row(clip, clip.plan.span / 2**level, generator, known))
         if not rows:
             return []
-        blocks = self._sample("interpolation", rows, self.settings.interpolation_guidance).split(counts)
+        blocks = self._sample("interpolation", rows).split(counts)
         return [merge_blocks(blocks_BTP) for blocks_BTP in blocks]
 
     def _chunk(self, clip: _Clip, codes_TP: Tensor) -> ClipChunk:

@@ -1,21 +1,43 @@
-"""Choosing codes from logits: guidance, temperature, top-k, top-p, one random stream per row.
+"""Choosing codes from logits: guidance, temperature, top-k, top-p or clusters, one random stream per row.
 
 Every row of a batch owns a random stream that is keyed by what the row generates (prompt text, seed,
 sample, stage, place in the clip). A clip therefore does not depend on the batch size, on the other
 prompts or on their order. Codes are drawn by inverting the cumulative distribution at one uniform
 number per code, so the whole stream of a row is drawn at once.
 
-Tensor suffixes: B batch, S codes drawn, V codes of the frame tokenizer.
+Tensor suffixes: B batch, S codes drawn, V codes of the frame tokenizer, K clusters, M codes of a cluster.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from megacog.config.generation import GenerationConfig
+from megacog.config.section import Stage
+from megacog.generation.clusters import Clusters
+
+Choose = Callable[[Tensor, Tensor], Tensor]
+"""From logits [B, V] and a uniform number for each row to one code per row, int64 [B]."""
+
+
+def chooser(settings: GenerationConfig, stage: Stage, clusters: Clusters | None) -> Choose:
+    """How the settings draw the codes of a stage; `clusters` as `clusters_for` gives them."""
+    temperature = settings.temperature_of(stage)
+    if clusters is None:
+        return partial(sample_codes, temperature=temperature, top_k=settings.top_k, top_p=settings.top_p)
+    return partial(
+        sample_clusters,
+        clusters=clusters,
+        temperature=temperature,
+        top_clusters=settings.top_clusters_of(stage),
+        cluster_temperature=settings.cluster_temperature,
+    )
 
 
 def row_seed(*key: str | int | float) -> int:
@@ -78,6 +100,34 @@ def sample_codes(
         logits_BV = keep_top_k(logits_BV, top_k)
     if top_p is not None and top_p < 1.0:
         logits_BV = keep_top_p(logits_BV, top_p)
+    return _draw(logits_BV, uniform_B)
+
+
+def sample_clusters(
+    logits_BV: Tensor,
+    uniform_B: Tensor,
+    *,
+    clusters: Clusters,
+    temperature: float = 1.0,
+    top_clusters: int | None = None,
+    cluster_temperature: float = 1.0,
+) -> Tensor:
+    """One code per row, int64 [B]: a cluster by its probability, then one of its codes, as CogView2 samples.
+
+    Only the `top_clusters` likeliest clusters are drawn. Within a cluster the logits are divided by temperature *
+    cluster_temperature. Both draws are one from the distribution of codes that they amount to.
+    """
+    # fp64 as in _draw. Sums over a cluster, not over scattered codes: the same in every run on any device.
+    logits_BKM = clusters.by_cluster(logits_BV.double() / temperature)
+    cluster_BK = logits_BKM.logsumexp(dim=-1)
+    if top_clusters is not None:
+        cluster_BK = keep_top_k(cluster_BK, top_clusters)
+    within_BKM = (logits_BKM / cluster_temperature).log_softmax(dim=-1)
+    return _draw(clusters.by_code(cluster_BK[..., None] + within_BKM), uniform_B)
+
+
+def _draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The codes at which the cumulative distributions pass `uniform_B`."""
     # fp64: with 20000 codes an fp32 running sum would lose the codes at its end.
     cumulative_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
     total_B1 = cumulative_BV[:, -1:]

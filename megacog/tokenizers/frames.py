@@ -54,6 +54,9 @@ class FrameTokenizer(Protocol):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns the code grid (h, w) of frames of this size."""
 
+    def codebook(self) -> Tensor:
+        """Returns the vector of every code, float32 [codebook_size, D]: near ones decode to much the same."""
+
 
 @dataclass(frozen=True)
 class ConvTokenizerConfig:
@@ -168,6 +171,12 @@ class ConvTokenizer(CodingModule):
     def frames_of_codes(self, codes_Bhw: Tensor) -> Tensor:
         """Returns uint8 frames [B, H, W, 3] of int64 codes [B, h, w]."""
         return frames_of_pixels(self.decoder(self.quantizer.vectors(codes_Bhw)))
+
+    @torch.no_grad()
+    def codebook(self) -> Tensor:
+        """Returns the vector of every code, float32 [codebook_size, D], on the tokenizer's device."""
+        codes_1h1 = torch.arange(self.codebook_size, device=self._device)[None, :, None]
+        return self.quantizer.vectors(codes_1h1)[0, :, :, 0].T
 
 
 def pixels_of_frames(frames_BHWC: Tensor) -> Tensor:

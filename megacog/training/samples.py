@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor
 from megacog.checkpoint.rng import capture_rng, restore_rng
 from megacog.config.schema import Config, Stage
 from megacog.data.batch import Batch
+from megacog.generation.clusters import Clusters, clusters_for
 from megacog.generation.decode import generate_frames
 from megacog.generation.output import Strip, watchable_scale, write_contact_sheet, write_gif
+from megacog.generation.sampling import chooser
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog.tokenizers.frames import FrameTokenizer
@@ -46,6 +49,10 @@ class Sampler:
     frames: FrameTokenizer
     evaluation: Batch | None
 
+    @cached_property
+    def _clusters(self) -> Clusters | None:
+        return clusters_for(self.config.generation, self.frames)
+
     def write(self, engine: Engine, step: int, write: bool) -> Path:
         """Make the clips of a step and, where `write` says so, store `samples/step-0001000/`. Collective."""
         folder = Path(self.config.train.run_dir) / "samples" / f"step-{step:07d}"
@@ -63,11 +70,11 @@ class Sampler:
         if self.config.train.stage == "interpolation":
             return self._interpolate(model)
         prompts = list(self.config.samples.prompts)
-        first_B1P = self._run(model, "base", self._encode(prompts, None), [None] * len(prompts), {})
+        first_B1P = self._run(model, "base", self._encode(prompts, "base", None), [None] * len(prompts), {})
         if self.config.train.stage == "base":
             return prompts, first_B1P
         span = self.config.generation.seconds
-        text, spans = self._encode(prompts, span), [span] * len(prompts)
+        text, spans = self._encode(prompts, "sequential", span), [span] * len(prompts)
         return prompts, self._run(model, "sequential", text, spans, {0: first_B1P[:, 0]})
 
     def _interpolate(self, model: CogVideo) -> tuple[list[str], Tensor]:
@@ -81,9 +88,10 @@ class Sampler:
         codes_BTP = self._run(model, "interpolation", text, spans, known)
         return list(batch.sample_ids[:count]), codes_BTP
 
-    def _encode(self, prompts: list[str], span: float | None) -> tuple[Tensor, Tensor]:
+    def _encode(self, prompts: list[str], stage: Stage, span: float | None) -> tuple[Tensor, Tensor]:
         model = self.config.model
-        ids = [self.text.encode(prompt, span, model.num_frames) for prompt in prompts]
+        captions = [self.config.generation.caption(prompt, stage) for prompt in prompts]
+        ids = [self.text.encode(caption, span, model.num_frames) for caption in captions]
         return self.text.pad(ids, model.text_length)
 
     def _run(
@@ -95,7 +103,8 @@ class Sampler:
         known: dict[int, Tensor],
     ) -> Tensor:
         settings = self.config.generation
-        guidance = settings.interpolation_guidance if stage == "interpolation" else settings.guidance
+        guidance = settings.guidance_of(stage)
+        clusters = self._clusters.to(model.device) if self._clusters is not None else None
         null_ids = [self.text.encode_null(span, self.config.model.num_frames) for span in spans]
         null = self.text.pad(null_ids, self.config.model.text_length)
         seeds = range(self.config.samples.seed, self.config.samples.seed + text[0].shape[0])
@@ -106,9 +115,8 @@ class Sampler:
             null if guidance != 1.0 else None,
             known,
             guidance=guidance,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
+            choose=chooser(settings, stage, clusters),
+            text_bias=settings.text_bias_of(stage),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from megacog.config.schema import Stage
 from megacog.generation.decode import frame_levels, generate_frames
-from megacog.generation.sampling import row_generator
+from megacog.generation.sampling import row_generator, sample_codes
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog_kernels.grid import Order
@@ -22,7 +23,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "local3d": {"kind": "local3d", "window": (3, 3), "frames": 2},
     "shifted_window": {"kind": "shifted_window", "window": (2, 2)},
 }
-GREEDY: dict[str, Any] = {"temperature": 1.0, "top_k": 1, "top_p": None}
+GREEDY: dict[str, Any] = {"choose": partial(sample_codes, top_k=1)}
 
 
 def generators(count: int) -> list[torch.Generator]:
@@ -105,7 +106,7 @@ def test_a_row_is_sampled_alike_alone_and_in_a_batch() -> None:
     config = model_config()
     model = build_model(config).eval()
     text, valid, codes = batch(config, 5, size=4)
-    sampling: dict[str, Any] = {"guidance": 1.0, "temperature": 1.0, "top_k": None, "top_p": 0.95}
+    sampling: dict[str, Any] = {"guidance": 1.0, "choose": partial(sample_codes, top_p=0.95)}
     together = generate_frames(
         model, "sequential", text, valid, None, {0: codes[:, 0]}, generators=generators(4), **sampling
     )

@@ -1,0 +1,17 @@
+"""What all groups of settings share, and the names of stages and kernels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Stage = Literal["base", "sequential", "interpolation"]
+PlusStage = Literal["sequential", "interpolation"]
+Kernels = Literal["auto", "triton", "reference"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
