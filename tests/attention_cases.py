@@ -74,25 +74,27 @@ class Expected:
     gradients: tuple[Tensor, ...]
 
 
-def expected(case: Case) -> Expected:
-    """The definition: a softmax over all keys with masked scores at -inf."""
+def expected(case: Case, text_factor: float = 1.0) -> Expected:
+    """The definition: a softmax over all keys with masked scores at -inf; frame queries weigh text by a factor."""
     q, k, v, text_k, text_v = leaves = [part.detach().double().requires_grad_() for part in case.tensors]
     frames = torch.from_numpy(dense_mask(case.mask, case.grid).copy()).to(q.device)
     B, F = q.shape[:2]
     text = case.text_valid[:, None, :].expand(B, F, -1)
     allowed = torch.cat([text, frames.expand(B, F, F)], dim=2)
-    out, lse = _softmax(q, torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1), allowed)
+    factor = torch.ones_like(allowed, dtype=torch.float64)
+    factor[..., : text.shape[2]] = text_factor
+    out, lse = _softmax(q, torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1), allowed, factor)
     gradients = torch.autograd.grad(out, leaves, case.grad_out.double())
     own_text = case.text_valid[:, None, :].expand(B, text.shape[2], -1)
-    text_out = _softmax(case.text_q.double(), text_k.detach(), text_v.detach(), own_text)[0]
+    text_out = _softmax(case.text_q.double(), text_k.detach(), text_v.detach(), own_text, torch.ones_like(own_text))[0]
     return Expected(out.detach(), lse.detach(), text_out, gradients)
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("brnd,bknd->bnrk", q, k) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+    scores = (scores + factor.log()[:, None]).masked_fill(~allowed[:, None], float("-inf"))
     weights = scores.softmax(dim=-1).nan_to_num(0.0)
     return torch.einsum("bnrk,bknd->brnd", weights, v), scores.logsumexp(dim=-1)
 

@@ -29,9 +29,9 @@ class _Base:
     Nobody else sees the rows of a frame here, so no other frame is kept.
     """
 
-    def __init__(self, text: KeyValue, grid: VideoGrid, kernels: Implementation) -> None:
+    def __init__(self, text: KeyValue, grid: VideoGrid, text_bias: float, kernels: Implementation) -> None:
         self.frame = VideoGrid(1, grid.height, grid.width)
-        self.buffers = _Buffers(text, self.frame.tokens)
+        self.buffers = _Buffers(text, self.frame.tokens, text_bias)
         self.kernels = kernels
 
     def give(self, frames: Sequence[int], order: Order, valid_BL: Tensor) -> Attend:
@@ -39,7 +39,7 @@ class _Base:
         level, is_open = zip(*((order.level[frame], order.open[frame]) for frame in frames), strict=True)
         mask = MaskSpec(Order(level, is_open), Space("frame"))
         grid = VideoGrid(len(frames), self.frame.height, self.frame.width)
-        return attend_all(mask, grid, self.buffers.text, valid_BL, self.kernels)
+        return attend_all(mask, grid, self.buffers.text, valid_BL, self.kernels, self.buffers.text_bias)
 
     def step(self, token_1: Tensor, valid_BL: Tensor) -> Attend:
         """Attention of one new row."""
@@ -51,9 +51,11 @@ class _Base:
 class _Plus:
     """The attention-plus channel of one layer: text, then a slot per frame token."""
 
-    def __init__(self, text: KeyValue, mask: MaskSpec, grid: VideoGrid, kernels: Implementation) -> None:
+    def __init__(
+        self, text: KeyValue, mask: MaskSpec, grid: VideoGrid, text_bias: float, kernels: Implementation
+    ) -> None:
         self.mask, self.grid, self.kernels = mask, grid, kernels
-        self.buffers = _Buffers(text, grid.tokens)
+        self.buffers = _Buffers(text, grid.tokens, text_bias)
 
     def give(self, frames: Sequence[int], order: Order, valid_BL: Tensor) -> Attend:
         """Attention of whole frames that are known together, written to the buffers first."""
@@ -65,7 +67,9 @@ class _Plus:
             # All frames go through, empty ones too, so that the op of training serves: what is given sees no other.
             q_BFND = q_BRND.new_zeros(q_BRND.shape[0], self.grid.tokens, *q_BRND.shape[2:])
             q_BFND[:, rows_R] = q_BRND
-            everything = attend_all(self.mask, self.grid, self.buffers.text, valid_BL, self.kernels)
+            everything = attend_all(
+                self.mask, self.grid, self.buffers.text, valid_BL, self.kernels, self.buffers.text_bias
+            )
             return everything(q_BFND, *self.buffers.frames)[:, rows_R]
 
         return attend
@@ -78,7 +82,8 @@ class _Plus:
 class _Buffers:
     """Static keys and values of one channel: text, then frame slots."""
 
-    def __init__(self, text: KeyValue, slots: int) -> None:
+    def __init__(self, text: KeyValue, slots: int, text_bias: float) -> None:
+        self.text_bias = text_bias
         B, self.text_length, N, D = text[0].shape
         # Heads before slots: the keys of a head lie together.
         kv_2BNSD = text[0].new_zeros(2, B, N, self.text_length + slots, D)
@@ -109,7 +114,9 @@ class _Buffers:
         def attend(q_B1ND: Tensor, k_B1ND: Tensor, v_B1ND: Tensor) -> Tensor:
             self.write(token_1, k_B1ND, v_B1ND)
             kv = (self.k_BSND, self.v_BSND)
-            return decode_attention(q_B1ND, *kv, valid_BL, tokens_B1, mask, grid, implementation=kernels)
+            return decode_attention(
+                q_B1ND, *kv, valid_BL, tokens_B1, mask, grid, text_bias=self.text_bias, implementation=kernels
+            )
 
         return attend
 
@@ -123,13 +130,20 @@ class Decoder:
         text_BL: int64 text pieces, padded on the left.
         text_valid_BL: bool, False on padding.
         plus: False runs the base channel only.
+        text_bias: Added to the scores of frame rows and text keys, in both channels.
 
     The text runs through the model at construction. For guidance, put both texts into one batch.
     """
 
     @torch.no_grad()
     def __init__(
-        self, model: CogVideo, stage: Stage, text_BL: Tensor, text_valid_BL: Tensor, plus: bool = True
+        self,
+        model: CogVideo,
+        stage: Stage,
+        text_BL: Tensor,
+        text_valid_BL: Tensor,
+        plus: bool = True,
+        text_bias: float = 0.0,
     ) -> None:
         self.model = model
         self.layout = stage_layout(model.config, stage)
@@ -143,11 +157,11 @@ class Decoder:
         rows_BLC = model.embed_text(text_BL, text_valid_BL)
         for index, (layer, plus_layer) in enumerate(zip(model.layers, self.plus_layers, strict=True)):
             rows_BLC, states = layer.text_rows(rows_BLC, text_valid_BL, plus_layer)
-            self.base.append(_Base(states.base, grid, model.kernels))
+            self.base.append(_Base(states.base, grid, text_bias, model.kernels))
             channel = None
             if states.plus is not None:
                 mask = self.layout.plus_mask(model.space(stage), index)
-                channel = _Plus(states.plus, mask, grid, model.kernels)
+                channel = _Plus(states.plus, mask, grid, text_bias, model.kernels)
             self.plus_channels.append(channel)
 
     @torch.no_grad()

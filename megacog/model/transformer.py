@@ -55,14 +55,16 @@ class TextStates:
     plus: KeyValue | None
 
 
-def attend_all(mask: MaskSpec, grid: VideoGrid, text: KeyValue, valid_BL: Tensor, kernels: Implementation) -> Attend:
+def attend_all(
+    mask: MaskSpec, grid: VideoGrid, text: KeyValue, valid_BL: Tensor, kernels: Implementation, text_bias: float = 0.0
+) -> Attend:
     """Attention of all rows of a grid over the valid text and each other."""
 
     def attend(q_BFND: Tensor, k_BFND: Tensor, v_BFND: Tensor) -> Tensor:
         text_k, text_v = text
         return attention(
             q_BFND, k_BFND, v_BFND, mask, grid, text_k=text_k, text_v=text_v, text_valid=valid_BL,
-            implementation=kernels,
+            text_bias=text_bias, implementation=kernels,
         ).frames  # fmt: skip
 
     return attend

@@ -255,7 +255,7 @@ def test_a_section_takes_overrides_with_and_without_its_name() -> None:
 def test_a_section_tells_errors_with_its_name() -> None:
     with pytest.raises(ConfigError) as info:
         apply_overrides(GenerationConfig(), ["temprature=1", "top_p=2"], "generation")
-    assert "generation.temprature: unknown key; did you mean temperature?" in str(info.value)
+    assert "generation.temprature: unknown key; did you mean temperature, " in str(info.value)
     assert "generation.top_p: expected less than or equal to 1, got 2" in str(info.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -65,6 +66,30 @@ def test_without_text_and_with_a_scale_of_its_own(implementation: str) -> None:
     got = attention(case.q, case.k, case.v, WINDOW, GRID, scale=0.5, implementation=implementation)
     case.q = case.q * 2  # 0.5 instead of 1 / sqrt(16)
     assert error(got.frames, expected(case).out) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("text", [0, 5])
+@pytest.mark.parametrize("text_bias", [1.4, -0.7])
+def test_a_text_bias_multiplies_the_weight_of_every_text_key(implementation: str, text: int, text_bias: float) -> None:
+    case = make_case(WINDOW, GRID, batch=3, heads=2, key_heads=1, text=text, seed=2)
+    case.text_valid[0] = False  # a text of padding only
+    case.text_valid[1:, -1:] = True
+    got = attend(case, implementation, text_bias=text_bias, return_lse=True)
+    wanted = expected(case, text_factor=math.exp(text_bias))
+    assert got.lse is not None
+    assert error(got.frames, wanted.out) < 1e-5
+    assert error(got.lse, wanted.lse) < 1e-5
+    assert text == 0 or error(got.frames[1:], attend(case, implementation).frames[1:]) > 1e-2
+
+
+def test_a_text_bias_is_refused_where_gradients_are_wanted() -> None:
+    case = make_case(WINDOW, GRID)
+    case.q = case.q.clone().requires_grad_()
+    with pytest.raises(ValueError, match="text_bias is 1.4, which gives no gradients"):
+        attend(case, "auto", text_bias=1.4)
+    with torch.no_grad():
+        attend(case, "auto", text_bias=1.4)
 
 
 def test_triton_runs_only_the_kernels_that_gradients_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ def attention(
     text_valid: Tensor | None = None,
     text_q: Tensor | None = None,
     scale: float | None = None,
+    text_bias: float = 0.0,
     return_lse: bool = False,
     deterministic: bool = True,
     implementation: Implementation = "auto",
@@ -62,6 +63,7 @@ def attention(
         text_q: [B, L, N, D], queries of the text, which see the valid text keys only; None = frame
             queries only.
         scale: Factor of the scores; None = 1 / sqrt(D).
+        text_bias: Added to the scaled scores of frame queries and text keys; not with gradients.
         return_lse: Also the log-sum-exp.
         deterministic: Triton's gradients are bitwise the same in every run; False lets that of q be summed
             in any order, with less work.
@@ -77,17 +79,36 @@ def attention(
     if text_valid is None:
         text_valid = torch.ones(text_k.shape[:2], dtype=torch.bool, device=text_k.device)
     _check(q, k, v, mask, grid, text_k, text_v, text_valid, text_q)
+    if text_bias and torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v, text_k, text_v)):
+        raise ValueError(f"text_bias is {text_bias}, which gives no gradients; call it under torch.no_grad()")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     text = None
     if text_q is not None:
         text = text_attention(text_q, text_k, text_v, text_valid, scale=scale, implementation=implementation)
     if choose(implementation, q.device, q.dtype, q.shape[-1]) == "reference":
-        out, lse = grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, scale, return_lse)
+        out, lse = grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, scale, text_bias, return_lse)
         return AttentionOutput(out, text, lse)
     _check_strides(q=q, k=k, v=v, text_k=text_k, text_v=text_v)
-    code = _encode(mask, grid)
-    out, lse2 = torch.ops.megacog.attend(q, k, v, text_k, text_v, text_valid.contiguous(), code, scale, deterministic)
+    code, text_valid = _encode(mask, grid), text_valid.contiguous()
+    if text_bias:
+        out, lse2 = _favor_text(q, k, v, text_k, text_v, text_valid, code, scale, text_bias)
+    else:
+        out, lse2 = torch.ops.megacog.attend(q, k, v, text_k, text_v, text_valid, code, scale, deterministic)
     return AttentionOutput(out, text, lse2.detach() * math.log(2) if return_lse else None)
+
+
+def _favor_text(
+    q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, text_valid: Tensor, code: Sequence[int],
+    scale: float, text_bias: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What `megacog::attend` gives, text keys weighing exp(text_bias) as much: text and frames alone, then joined."""
+    no_text = (part[:, :0] for part in (text_k, text_v, text_valid))
+    frames, frames_lse2 = torch.ops.megacog.attend(q, k, v, *no_text, code, scale, True)
+    text, text_lse2 = torch.ops.megacog.attend(q, None, None, text_k, text_v, text_valid, [], scale, True)
+    text_lse2 = text_lse2 + text_bias * math.log2(math.e)
+    lse2 = torch.logaddexp2(frames_lse2, text_lse2)
+    share = torch.exp2(text_lse2 - lse2).transpose(1, 2)[..., None]  # [B, F, N, 1]
+    return torch.lerp(frames.float(), text.float(), share).to(q.dtype), lse2
 
 
 def text_attention(
