@@ -70,7 +70,7 @@ def apply_overrides(section: SectionT, overrides: Sequence[str], prefix: str) ->
     for override in overrides:
         _apply(source, override, prefix, type(section))
     if isinstance(section, GenerationConfig):
-        given = {path[0]: source.values[path[0]] for path in source.places if len(path) == 1}
+        given = {key: value for key, value in source.values.items() if (key,) in source.places}
         for key in section.replaced_by(given):
             del source.values[key]
     return _validate(type(section), source, prefix)

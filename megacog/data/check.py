@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -234,12 +235,15 @@ def _rates(source: Source, rule: RateRule) -> set[Rate]:
 def _check_fixed_texts(config: Config, text: TextTokenizer, spans: Sequence[float | None]) -> None:
     """Raises DataError if the null text or a sample prompt does not fit."""
     model, generation = config.model, config.generation
-    if config.data.caption_dropout or generation.guidance != 1.0 or generation.interpolation_guidance != 1.0:
+    if config.data.caption_dropout or any(generation.guidance_of(stage) != 1.0 for stage in get_args(Stage)):
         text.require_null_fits(spans, model.num_frames, model.text_length)
     if config.samples.every and config.train.stage != "interpolation":
-        sampled = [None] if config.train.stage == "base" else [None, generation.seconds]
+        sampled: list[tuple[Stage, float | None]] = [("base", None)]
+        if config.train.stage == "sequential":
+            sampled.append(("sequential", generation.seconds))
         for prompt in config.samples.prompts:
-            text.pad([text.encode(prompt, span, model.num_frames) for span in sampled], model.text_length)
+            captions = [(generation.caption(prompt, stage), span) for stage, span in sampled]
+            text.pad([text.encode(caption, span, model.num_frames) for caption, span in captions], model.text_length)
 
 
 def _check_texts(source: Source, rule: RateRule, texts: Texts, text: TextTokenizer, text_length: int) -> None:

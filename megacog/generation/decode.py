@@ -102,7 +102,10 @@ def generate_frames(
         return torch.cat([codes, codes]) if guided else codes
 
     def guided_logits(logits_RV: Tensor) -> Tensor:
-        return guide(*logits_RV.chunk(2), guidance) if guided else logits_RV
+        if not guided:
+            return logits_RV
+        conditional_BV, null_BV = logits_RV.chunk(2)
+        return guide(conditional_BV, null_BV, guidance)
 
     codes_BTP = torch.empty(num_clips, frames, cells, dtype=torch.int64, device=device)
     for frame, codes_BP in known.items():

@@ -29,6 +29,7 @@ from megacog.data.batch import Batch
 from megacog.data.check import check_data
 from megacog.data.loader import evaluation_batches, training_batches
 from megacog.errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, ConfigError
+from megacog.generation.clusters import clusters_for
 from megacog.metrics.record import Recorder
 from megacog.metrics.throughput import Throughput
 from megacog.model.flops import tokens_per_sample, training_flops
@@ -282,7 +283,8 @@ def make_sampler(config: Config, tokenizers: Tokenizers, evaluation: list[Batch]
     first: list[Any] = [evaluation[0] if evaluation else None]
     if config.samples.every and ranks.world_size > 1:
         dist.broadcast_object_list(first, src=0)
-    sampler = Sampler(config, tokenizers.text, tokenizers.frames, first[0])
+    clusters = clusters_for(config.generation, tokenizers.frames) if config.samples.every else None
+    sampler = Sampler(config, tokenizers.text, tokenizers.frames, first[0], clusters)
 
     def sample(step: int) -> None:
         log.info("step %d | samples in %s", step, sampler.write(engine, step, write=ranks.rank == 0))

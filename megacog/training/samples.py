@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from megacog.checkpoint.rng import capture_rng, restore_rng
 from megacog.config.schema import Config, Stage
 from megacog.data.batch import Batch
-from megacog.generation.clusters import Clusters, clusters_for
+from megacog.generation.clusters import Clusters
 from megacog.generation.decode import generate_frames
 from megacog.generation.output import Strip, watchable_scale, write_contact_sheet, write_gif
 from megacog.generation.sampling import chooser
@@ -42,16 +41,14 @@ class Sampler:
         text: Encodes the prompts.
         frames: Decodes codes to pixels.
         evaluation: Batch whose clips the interpolation stage starts from; None without evaluation data.
+        clusters: As `clusters_for` gives them for the config.
     """
 
     config: Config
     text: TextTokenizer
     frames: FrameTokenizer
     evaluation: Batch | None
-
-    @cached_property
-    def _clusters(self) -> Clusters | None:
-        return clusters_for(self.config.generation, self.frames)
+    clusters: Clusters | None
 
     def write(self, engine: Engine, step: int, write: bool) -> Path:
         """Make the clips of a step and, where `write` says so, store `samples/step-0001000/`. Collective."""
@@ -104,7 +101,7 @@ class Sampler:
     ) -> Tensor:
         settings = self.config.generation
         guidance = settings.guidance_of(stage)
-        clusters = self._clusters.to(model.device) if self._clusters is not None else None
+        clusters = self.clusters.to(model.device) if self.clusters is not None else None
         null_ids = [self.text.encode_null(span, self.config.model.num_frames) for span in spans]
         null = self.text.pad(null_ids, self.config.model.text_length)
         seeds = range(self.config.samples.seed, self.config.samples.seed + text[0].shape[0])
