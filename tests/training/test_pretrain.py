@@ -209,6 +209,7 @@ def test_samples_and_evaluation_do_not_change_training(inputs: Path, tmp_path: P
     busy = torch_settings(inputs, tmp_path / "busy", eval_every=2)
     busy["model"]["mlp_dropout"] = 0.1
     busy["samples"] = {"every": 2, "prompts": [PROMPT]}
+    busy["generation"] = {"sampler": "clusters", "num_clusters": 3, "top_clusters": 2, "text_bias": 1.0}
     assert run(tmp_path, busy) == 0
     assert_same_run(tmp_path / "plain", tmp_path / "busy")
 
@@ -275,6 +276,14 @@ def test_samples_without_prompts_are_refused_at_the_start(inputs: Path, tmp_path
     values = torch_settings(inputs, tmp_path / "run")
     values["samples"] = {"every": 1}
     with pytest.raises(ConfigError, match="samples.prompts"):
+        run(tmp_path, values)
+
+
+def test_samples_from_clusters_that_are_not_there_are_refused_at_the_start(inputs: Path, tmp_path: Path) -> None:
+    values = torch_settings(inputs, tmp_path / "run")
+    values["samples"] = {"every": 1000, "prompts": [PROMPT]}
+    values["generation"] = {"sampler": "clusters", "clusters": str(tmp_path / "none.npy")}
+    with pytest.raises(DataError, match="none.npy .* does not exist"):
         run(tmp_path, values)
 
 
