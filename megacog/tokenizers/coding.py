@@ -39,6 +39,10 @@ class CodingModule(nn.Module):
     codebook_size: int
     downsample: int
 
+    def codebook(self) -> Tensor:
+        """Returns the vector of every code, float32 [codebook_size, D], on the module's device."""
+        raise NotImplementedError
+
     def codes_of_frames(self, frames_BHWC: Tensor) -> Tensor:
         """Returns codes int64 [B, h, w] of one group of uint8 frames [B, H, W, 3] on the module's device."""
         raise NotImplementedError

@@ -240,6 +240,10 @@ class IcetkVqvae(CodingModule):
         # The release counts decoders from the highest rate down.
         self.decs = nn.ModuleDict({str(2 - config.level): decoder})
 
+    def codebook(self) -> Tensor:
+        """Returns the vector of every code, float32 [codebook_size, code_dim], on the tokenizer's device."""
+        return self.quantize.embed.weight.detach()
+
     def codes_of_frames(self, frames_BHWC: Tensor) -> Tensor:
         """Returns codes int64 [B, h, w] of uint8 frames [B, H, W, 3]."""
         pixels_BCHW = frames_BHWC.movedim(-1, 1).to(torch.float32).contiguous() / 255.0

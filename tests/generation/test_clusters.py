@@ -21,6 +21,7 @@ from megacog.errors import ConfigError, DataError
 from megacog.generation.clusters import Clusters, clusters_for, k_means, read_labels
 from megacog.generation.sampling import draw_uniforms, row_generator, sample_clusters
 from megacog.tokenizers.frames import ConvTokenizer, ConvTokenizerConfig
+from megacog.tokenizers.icetk_vqvae import IcetkVqvae, IcetkVqvaeConfig
 
 LABELS = [1, 0, 2, 1, 0, 1, 2]
 DRAWS = 40_000
@@ -225,6 +226,14 @@ def test_the_codebook_of_a_tokenizer_gives_one_cluster_per_forty_codes(config: C
     made = clusters_for(GenerationConfig(sampler="clusters"), tokenizer)
     assert made is not None and len(made.members_KM) == -(-tokenizer.codebook_size // 40)
     assert sorted(made.members_KM[made.members_KM < tokenizer.codebook_size].tolist()) == list(range(len(codebook_VD)))
+
+
+def test_the_codebook_of_icetk_gives_clusters() -> None:
+    torch.manual_seed(0)
+    tokenizer = IcetkVqvae(IcetkVqvaeConfig(rate=8, width=32, codebook_size=80, code_dim=32))
+    assert torch.equal(tokenizer.codebook()[7], tokenizer.quantize.embed(torch.tensor(7)))
+    made = clusters_for(GenerationConfig(sampler="clusters"), tokenizer)
+    assert made is not None and len(made.members_KM) == 2
 
 
 def test_the_settings_decide_where_clusters_come_from(tmp_path: Path) -> None:
