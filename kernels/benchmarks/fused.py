@@ -240,7 +240,8 @@ def main() -> None:
     if timed:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
         print(f"{setting.rows} rows, width {setting.width} (gelu {setting.ffn_width}); a copy moves {rate:.0f} GB/s")
-        print(f"{'case':24s} {'':10s} {'fwd ms':>9s} {'GB/s':>7s} {'copy':>6s} {'fwd+bwd':>9s} {'GB/s':>7s} {'copy':>6s}")
+        rates = f"{'GB/s':>7s} {'copy':>6s}"
+        print(f"{'case':24s} {'':10s} {'fwd ms':>9s} {rates} {'fwd+bwd':>9s} {rates}")
     for case in (case for section in SECTIONS for case in section(setting) if args.only in case.name):
         if case.ours is not None:
             print(f"{case.name}: relative error {check(case):.1e}", flush=True)
