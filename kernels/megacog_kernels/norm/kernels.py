@@ -52,7 +52,7 @@ def norm_forward(
             # What norm b sees is what is stored: the backward pass reads it again.
             rounded = (_load(x, at, inside) + value).to(out.dtype.element_ty)
             tl.store(out + at, rounded, mask=inside)
-            value = tl.where(inside, rounded.to(tl.float32), 0.0)
+            value = rounded.to(tl.float32)
         if NORMED:
             mean, rstd = _statistics(value, inside, eps, WIDTH)
             tl.store(of_row + 2 * RESIDUAL, mean, mask=real)
