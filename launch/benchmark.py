@@ -1,4 +1,4 @@
-"""Measures megacog on this machine: `python launch/benchmark.py {kernels,cross_entropy} [--help]`."""
+"""Measures megacog on this machine: `python launch/benchmark.py {kernels,fused,cross_entropy} [--help]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = {
     "kernels": ROOT / "kernels/benchmarks/attention.py",
+    "fused": ROOT / "kernels/benchmarks/fused.py",
     "tiles": ROOT / "kernels/benchmarks/sweep.py",
     "cross_entropy": ROOT / "kernels/benchmarks/cross_entropy.py",
 }

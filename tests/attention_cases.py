@@ -105,7 +105,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
     Inputs are of order 1: results that cancel to nearly nothing are measured against 0.1 per element.
     """
     difference = (got.double() - wanted.double()).norm().item()
-    size = max(wanted.double().norm().item(), 0.1 * wanted.numel() ** 0.5)
+    size = max(wanted.double().norm().item(), 0.1 * max(wanted.numel(), 1) ** 0.5)
     return difference / size if difference == difference else float("inf")
 
 

@@ -91,7 +91,7 @@ class GenerationConfig(Section):
     batch_size: int = Field(default=8, ge=1)
     """Clips (or interpolation blocks) generated at once."""
     kernels: Kernels = "auto"
-    """What runs attention: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
+    """Attention, norms and gates: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
     overlap: int = Field(default=1, ge=1, le=4)
     """Key frames that the next pass of a long clip is given."""
     seed: int = 1234

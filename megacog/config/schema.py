@@ -242,7 +242,7 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. bf16 keeps fp32 masters of what is trained."""
     kernels: Kernels = "auto"
-    """What runs attention and the loss: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
+    """Attention, norms, gates and loss: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed: what is cut over data-parallel ranks (1 optimizer, 2 gradients, 3 weights)."""
     learning_rate: float = Field(default=2e-4, gt=0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megacog.config.schema import ModelConfig
 from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megacog.parallel.tensor import TensorParallel
+from megacog_kernels.dispatch import Implementation
 from megacog_kernels.mix import mix
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,27 +44,28 @@ class AttentionChannel(nn.Module):
 class Gate(nn.Module):
     """Mixes the channels per hidden dimension: a * base + (1 - a) * plus, a = sigmoid(logit)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, kernels: Implementation) -> None:
         super().__init__()
+        self.kernels: Implementation = kernels
         self.logit = nn.Parameter(torch.empty(width))
 
     def forward(self, base_BRC: Tensor, plus_BRC: Tensor) -> Tensor:
-        return mix(base_BRC, plus_BRC, self.logit)
+        return mix(base_BRC, plus_BRC, self.logit, implementation=self.kernels)
 
 
 class PlusLayer(AttentionChannel):
     """Attention-plus of one layer: a trainable channel and its gate."""
 
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel, kernels: Implementation) -> None:
         super().__init__(config, parallel)
-        self.gate = Gate(config.hidden_size)
+        self.gate = Gate(config.hidden_size, kernels)
 
 
 class AttentionPlus(nn.Module):
     """The trainable part of one stage: a channel per layer and positions of frames 1, 2, ..."""
 
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel, kernels: Implementation) -> None:
         super().__init__()
         self.position_embedding = nn.Embedding(config.plus_position_rows, config.hidden_size)
-        layers = [PlusLayer(config, parallel) for _ in range(config.num_layers)]
+        layers = [PlusLayer(config, parallel, kernels) for _ in range(config.num_layers)]
         self.layers: Sequence[PlusLayer] = nn.ModuleList(layers)  # type: ignore[assignment]

@@ -11,10 +11,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megacog_kernels.dispatch import Implementation
 from megacog_kernels.norm import layer_norm, residual_norm, sandwich_norm
 
 
-class LayerNorm(nn.LayerNorm):
+class _Norm(nn.LayerNorm):
+    def __init__(self, width: int, eps: float, kernels: Implementation) -> None:
+        super().__init__(width, eps)
+        self.kernels: Implementation = kernels
+
+
+class LayerNorm(_Norm):
     """A norm of the residual stream: input, post-attention and final layernorm."""
 
     def forward(  # type: ignore[override]
@@ -22,11 +29,12 @@ class LayerNorm(nn.LayerNorm):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """norm(x) [..., C]; or, called by the norm before it, x + after(branch) and the norm of that."""
         if branch_BRC is None or after is None:
-            return layer_norm(x, self.weight, self.bias, self.eps)
-        return sandwich_norm(x, branch_BRC, after.weight, after.bias, self.weight, self.bias, self.eps)
+            return layer_norm(x, self.weight, self.bias, self.eps, implementation=self.kernels)
+        weights = (after.weight, after.bias, self.weight, self.bias)
+        return sandwich_norm(x, branch_BRC, *weights, self.eps, implementation=self.kernels)
 
 
-class BranchNorm(nn.LayerNorm):
+class BranchNorm(_Norm):
     """The norm of a branch that joins the residual stream: third and fourth layernorm."""
 
     def forward(  # type: ignore[override]
@@ -34,5 +42,6 @@ class BranchNorm(nn.LayerNorm):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x + norm(branch): [B, R, C]; with a norm that comes next, that sum and the next norm of it."""
         if then is None:
-            return residual_norm(x_BRC, branch_BRC, self.weight, self.bias, self.eps)
+            own = (self.weight, self.bias)
+            return residual_norm(x_BRC, branch_BRC, *own, self.eps, implementation=self.kernels)
         return then(x_BRC, branch_BRC, after=self)

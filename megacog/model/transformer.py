@@ -87,7 +87,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TensorParallel, kernels: Implementation) -> None:
         super().__init__()
         self.kernels: Implementation = kernels
-        norm = (config.hidden_size, config.layernorm_eps)
+        norm = (config.hidden_size, config.layernorm_eps, kernels)
         self.input_layernorm = LayerNorm(*norm)
         self.third_layernorm = BranchNorm(*norm)
         self.post_attention_layernorm = LayerNorm(*norm)
@@ -148,7 +148,7 @@ class CogVideo(nn.Module):
         plus: Stages whose attention-plus is built.
         parallel: This rank's tensor-parallel place; None = the whole model.
         activation_checkpointing: Recompute every layer in the backward pass.
-        kernels: What runs attention and the loss: `auto` takes Triton where it can, `triton` insists on it.
+        kernels: What runs attention, norms, gates and the loss: `auto` takes Triton where it can, `triton` insists.
 
     Weights are uninitialized: call `initialize` or load them.
     """
@@ -176,8 +176,8 @@ class CogVideo(nn.Module):
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         layers = [Layer(config, self.parallel, kernels) for _ in range(config.num_layers)]
         self.layers: Sequence[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.final_layernorm = LayerNorm(config.hidden_size, config.layernorm_eps)
-        self.plus = nn.ModuleDict({stage: AttentionPlus(config, self.parallel) for stage in plus})
+        self.final_layernorm = LayerNorm(width, config.layernorm_eps, kernels)
+        self.plus = nn.ModuleDict({stage: AttentionPlus(config, self.parallel, kernels) for stage in plus})
 
     @property
     def device(self) -> torch.device:

@@ -23,7 +23,10 @@ def benchmark(*arguments: str, interpret: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": interpret}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("name", "case"), [("kernels", "tiny window"), ("cross_entropy", "tiny trained")])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("kernels", "tiny window"), ("fused", "sandwich norm, trained"), ("cross_entropy", "tiny trained")],
+)
 def test_the_benchmark_checks_results_first(name: str, case: str) -> None:
     done = benchmark(name, "--tiny", interpret="0" if torch.cuda.is_available() else "1")
     assert done.returncode == 0, done.stderr
@@ -31,7 +34,7 @@ def test_the_benchmark_checks_results_first(name: str, case: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["kernels", "cross_entropy"])
+@pytest.mark.parametrize("name", ["kernels", "fused", "cross_entropy"])
 def test_the_benchmark_says_that_it_needs_a_gpu(name: str) -> None:
     done = benchmark(name, interpret="0")
     assert done.returncode == 1 and "no CUDA device" in done.stderr

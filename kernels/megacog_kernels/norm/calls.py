@@ -17,7 +17,7 @@ MAX_WIDTH = 8192
 """Of a row that one program holds in registers."""
 ROWS_SUMMED = 64
 """Rows whose gradients of weights one program adds up. The same on every device, so that the order of the
-sum is too; the partial sums of sandwich_norm are then 4 * 4 / (64 * 12) = 2 % of what the pass moves in bf16."""
+sum is too; written and read, the sums of sandwich_norm are 2 * 4 * 4 / (64 * 12) = 4 % of what it moves in bf16."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Needed:
         return 2 * (self.a + self.b)
 
 
-def rows_per_program(needed: Needed) -> int:
-    """One where rows have nothing in common: the weights come from the first-level cache."""
-    return ROWS_SUMMED if needed.sums else 1
+def rows_per_program(needed: Needed, width: int) -> int:
+    """One tile where rows have nothing in common: the weights come from the first-level cache."""
+    return ROWS_SUMMED if needed.sums else _tile(width)
 
 
 def forward_call(inputs: Inputs, out: Tensor | None, normed: Tensor | None, statistics: Tensor, eps: float) -> Call:
@@ -72,8 +72,9 @@ def forward_call(inputs: Inputs, out: Tensor | None, normed: Tensor | None, stat
     named = {"x": inputs.x, "y": inputs.y, "out": out, "normed": normed, "statistics": statistics}
     named |= {"weight_a": inputs.weight_a, "bias_a": inputs.bias_a}
     named |= {"weight_b": inputs.weight_b, "bias_b": inputs.bias_b}
-    sizes = {"rows_per_program": 1, "rows": R, "eps": eps}
-    return Call(norm_forward, _pointers(named, inputs.y) | sizes, _constants(inputs), R, _warps(C, 64))
+    rows = _tile(C)
+    sizes = {"rows_per_program": rows, "rows": R, "eps": eps}
+    return Call(norm_forward, _pointers(named, inputs.y) | sizes, _constants(inputs), -(-R // rows), _warps(C, 64))
 
 
 def backward_call(
@@ -97,10 +98,10 @@ def backward_call(
     named = {"grad_out": grad_out, "grad_normed": grad_normed, "out": out, "y": inputs.y, "partial": partial}
     named |= {"weight_a": inputs.weight_a, "weight_b": inputs.weight_b, "statistics": statistics}
     named |= {"grad_x": grad_x, "grad_y": grad_y}
-    rows = rows_per_program(needed)
+    rows = rows_per_program(needed, C)
     sizes = {"rows_per_program": rows, "rows": R}
     constants = _constants(inputs) | {"GRAD_X": needed.x, "GRAD_Y": needed.y, "GRAD_A": needed.a, "GRAD_B": needed.b}
-    warps = _warps(C, 96, summed=True) if needed.sums else _warps(C, 80)
+    warps = _warps(C, 104, summed=True) if needed.sums else _warps(C, 80)
     return Call(norm_backward, _pointers(named, inputs.y) | sizes, constants, -(-R // rows), warps)
 
 
@@ -111,22 +112,28 @@ def _pointers(named: dict[str, Tensor | None], instead: Tensor) -> dict[str, obj
 
 def _constants(inputs: Inputs) -> dict[str, int | bool]:
     width = inputs.y.shape[1]
-    shape = {"WIDTH": width, "BLOCK": _block(width)}
+    shape = {"WIDTH": width, "BLOCK": _block(width), "TILE": _tile(width)}
     return shape | {"RESIDUAL": inputs.weight_a is not None, "NORMED": inputs.weight_b is not None}
 
 
 def _warps(width: int, registers: int, summed: bool = False) -> Warps:
-    """8 or 16 elements of a row per thread, and as many programs as leave a thread that many registers.
+    """8 or 16 elements per thread, and as many programs as leave a thread that many registers.
 
     From ahead-of-time compiles at width 3072: no spills in bf16 and fp16 (docs/kernels.md).
     """
-    block = _block(width)
-    warps = max(block // (32 * (8 if summed or block > 4096 else 16)), 1)
+    elements = _block(width) * _tile(width)
+    warps = max(elements // (32 * (8 if summed or elements > 4096 else 16)), 1)
     return Warps(warps, max(65536 // (registers * 32 * warps), 1))
 
 
 def _block(width: int) -> int:
+    """Elements that a row takes."""
     return 1 << (width - 1).bit_length()
+
+
+def _tile(width: int) -> int:
+    """Rows at once: several where they are short. Divides ROWS_SUMMED."""
+    return max(min(1024 // _block(width), ROWS_SUMMED), 1)
 
 
 def run_forward(inputs: Inputs, eps: float) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -150,7 +157,7 @@ def run_backward(
     R, C = inputs.y.shape
     grad_x = torch.empty_like(inputs.y) if needed.x else None
     grad_y = torch.empty_like(inputs.y) if needed.y else None
-    partial = inputs.y.new_empty(-(-R // rows_per_program(needed)), needed.sums, C, dtype=torch.float32)
+    partial = inputs.y.new_empty(-(-R // rows_per_program(needed, C)), needed.sums, C, dtype=torch.float32)
     backward_call(inputs, grad_out, grad_normed, out, statistics, grad_x, grad_y, partial, needed).run()
     return grad_x, grad_y, partial.sum(0)
 
