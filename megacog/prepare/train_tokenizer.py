@@ -11,7 +11,7 @@ from typing import Any
 
 from megacog.errors import ConfigError, DataError
 from megacog.prepare import train_text
-from megacog.runtime.files import require_replaceable
+from megacog.runtime.files import require_place
 from megacog.runtime.log import setup
 
 
@@ -210,9 +210,7 @@ def _check(settings: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative, not {getattr(settings, name)}")
     if not 0 < settings.heldout_fraction < 1:
         raise ConfigError(f"--heldout-fraction must lie between 0 and 1, not {settings.heldout_fraction}")
-    if settings.out.exists() and not settings.force:
-        raise DataError(f"{settings.out} exists already; choose another folder or pass --force to replace it")
-    require_replaceable(settings.out, KIND)
+    require_place(settings.out, KIND, settings.force)
 
 
 def _frames_sha256(pool: Any) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from megacog.errors import EnvError
+from megacog.errors import DataError, EnvError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _MENDS = {
@@ -191,6 +191,18 @@ def require_replaceable(path: Path, kind: FolderKind) -> None:
             f"{path} holds no {kind.file} of {kind.format}, so it is something else and is not replaced. "
             "Remove it yourself or choose another name."
         )
+
+
+def require_place(path: Path, kind: FolderKind, force: bool) -> None:
+    """Check that a command may make a folder at `path`: nothing is there, or `force` and it may be replaced.
+
+    Raises:
+        DataError: something is there, and not `force`.
+        EnvError: see `require_replaceable`.
+    """
+    if path.exists() and not force:
+        raise DataError(f"{path} exists already; choose another folder or pass --force to replace it")
+    require_replaceable(path, kind)
 
 
 def _is_of_kind(path: Path, kind: FolderKind) -> bool:

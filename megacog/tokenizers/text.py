@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megacog.errors import ConfigError, DataError
-from megacog.runtime.files import FolderKind, atomic_directory, require_replaceable
+from megacog.runtime.files import FolderKind, atomic_directory, require_place
 from megacog.runtime.log import get_logger
 from megacog.tokenizers.description import read_description
 
@@ -284,10 +284,7 @@ def train_text_tokenizer(
     settings = TextSettings(template, SEPARATOR, null_caption)
     check_template(template)
     out = Path(out)
-    if out.exists() and not replace:
-        raise DataError(f"{out} exists already; choose another folder or pass --force to replace it")
-    if replace:
-        require_replaceable(out, KIND)
+    require_place(out, KIND, replace)
     texts = list(_checked(captions))
     if not texts:
         raise DataError("there are no captions to train a text tokenizer on")
