@@ -41,10 +41,10 @@ from megacog.training.state import RunState, load_checkpoint, shapes_of
 STEPS = 4
 
 
-def compare(folder: Path, steps: str, *tensor_sizes: str) -> dict[str, Any]:
+def compare(folder: Path, stage: str, steps: str, *tensor_sizes: str) -> dict[str, Any]:
     """Differences of every engine at every tensor-parallel size."""
     sizes = [int(size) for size in tensor_sizes]
-    return {"rows": [dataclasses.asdict(row) for row in compare_engines(sizes, int(steps))]}
+    return {"rows": [dataclasses.asdict(row) for row in compare_engines(sizes, int(steps), stage)]}
 
 
 def resume(folder: Path, tensor: str, *engines: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megacog.config.schema import Config, ModelConfig
+from megacog.config.schema import Config, ModelConfig, Stage
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
@@ -56,14 +56,16 @@ class Difference:
         return self.clipped and self.loss < TOLERANCE and self.grad_norm < TOLERANCE
 
 
-def small_config(engine: str, zero_stage: int, tensor: int, steps: int, precision: str = "fp32") -> Config:
-    """A run of the sequential stage: two layers, width 32, 4 x 4 codes per frame, 8 text tokens."""
+def small_config(
+    engine: str, zero_stage: int, tensor: int, steps: int, precision: str = "fp32", stage: Stage = "sequential"
+) -> Config:
+    """A run of one stage: two layers, width 32, 4 x 4 codes per frame, 8 text tokens."""
     model = {
         "num_layers": 2, "hidden_size": 32, "num_heads": 4, "grid": (4, 4), "text_length": 8, "text_positions": 8,
         "image_vocab_size": 21, "text_vocab_size": 17, "boi_id": 3, "inherit": "none",
     }  # fmt: skip
     train = {
-        "stage": "sequential", "run_dir": "none", "engine": engine, "zero_stage": zero_stage, "steps": steps,
+        "stage": stage, "run_dir": "none", "engine": engine, "zero_stage": zero_stage, "steps": steps,
         "global_batch_size": GLOBAL_BATCH, "micro_batch_size": MICRO_BATCH, "precision": precision,
         "learning_rate": 2e-4, "warmup_steps": 5, "gradient_clip": CLIP, "weight_decay": 0.01,
     }  # fmt: skip
@@ -82,23 +84,25 @@ def small_config(engine: str, zero_stage: int, tensor: int, steps: int, precisio
 
 def small_engine(config: Config, groups: ProcessGroups) -> Engine:
     """An engine over the small model, initialized the same for every number of ranks."""
-    model = CogVideo(config.model, ("sequential",), groups.tensor)
+    stage = config.train.stage
+    model = CogVideo(config.model, () if stage == "base" else (stage,), groups.tensor)
     initialize_base(model, seed=1)
-    initialize_plus(model, "sequential", "copy", seed=1)
-    model.trainable("sequential")
+    if stage != "base":
+        initialize_plus(model, stage, "copy", seed=1)
+    model.trainable(stage)
     return build_engine(config, model, groups, GLOBAL_BATCH // (MICRO_BATCH * groups.data_size))
 
 
 def run_step(engine: Engine, config: Config, groups: ProcessGroups, step: int) -> tuple[float, float]:
     """One optimizer step (from 1) on data that depends on the step only; mean loss and gradient norm."""
-    text_BL, valid_BL, codes_BTP = _data(config.model, step)
+    text_BL, valid_BL, codes_BTP = _data(config.model, config.train.stage, step)
     accumulation = GLOBAL_BATCH // (MICRO_BATCH * groups.data_size)
     mean = torch.zeros(())
     for micro in range(accumulation):
         first = (micro * groups.data_size + groups.data_rank) * MICRO_BATCH
         rows = slice(first, first + MICRO_BATCH)
         output = engine.forward(
-            text_BL=text_BL[rows], text_valid_BL=valid_BL[rows], frames_BTP=codes_BTP[rows], stage="sequential"
+            text_BL=text_BL[rows], text_valid_BL=valid_BL[rows], frames_BTP=codes_BTP[rows], stage=config.train.stage
         )
         engine.backward(output.loss)
         mean += output.loss.detach() / accumulation
@@ -115,22 +119,22 @@ def train(config: Config, groups: ProcessGroups) -> list[tuple[float, float]]:
     return [run_step(engine, config, groups, step) for step in range(1, config.train.steps + 1)]
 
 
-def compare_engines(tensor_sizes: Iterable[int], steps: int) -> Iterator[Difference]:
+def compare_engines(tensor_sizes: Iterable[int], steps: int, stage: Stage = "sequential") -> Iterator[Difference]:
     """Every engine on these ranks against the plain engine on one rank (which each rank runs for itself)."""
-    expected = train(small_config("torch", 0, 1, steps), ProcessGroups(TensorParallel(), 0, 1, None))
+    expected = train(small_config("torch", 0, 1, steps, stage=stage), ProcessGroups(TensorParallel(), 0, 1, None))
     theirs, clipped = np.array(expected), all(norm > CLIP for _, norm in expected)
     for tensor in tensor_sizes:
         groups = build_process_groups(tensor)
         for engine, zero_stage in ENGINES:
-            ours = np.array(train(small_config(engine, zero_stage, tensor, steps), groups))
+            ours = np.array(train(small_config(engine, zero_stage, tensor, steps, stage=stage), groups))
             loss, norm = (np.abs(ours - theirs) / np.abs(theirs)).max(axis=0).tolist()  # NaN stays NaN
             name = "torch" if engine == "torch" else f"deepspeed ZeRO {zero_stage}"
             yield Difference(name, tensor, loss, norm, clipped)
 
 
-def _data(model: ModelConfig, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _data(model: ModelConfig, stage: Stage, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step % 10)  # ten batches, again and again: something to learn
-    grid = stage_layout(model, "sequential").grid
+    grid = stage_layout(model, stage).grid
     text_BL = torch.randint(0, model.text_vocab_size, (GLOBAL_BATCH, model.text_length), generator=generator)
     valid_BL = torch.ones_like(text_BL, dtype=torch.bool)
     valid_BL[::2, : model.text_length // 2] = False
@@ -144,12 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes")
+    parser.add_argument("--stage", choices=["base", "sequential", "interpolation"], default="sequential")
     arguments = parser.parse_args(argv)
     if "RANK" not in os.environ:
         return _start_ranks(arguments)
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     accepted, ranks = True, dist.get_world_size()
-    for row in compare_engines(arguments.tensor, arguments.steps):
+    for row in compare_engines(arguments.tensor, arguments.steps, arguments.stage):
         accepted &= row.accepted
         _print_on_rank_0(
             f"{row.engine:18} tensor {row.tensor} x data {ranks // row.tensor}, {arguments.steps} steps: "
@@ -162,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _start_ranks(arguments: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.ranks)]
-    command += ["-m", "megacog.training.comparison", "--steps", str(arguments.steps)]
+    command += ["-m", "megacog.training.comparison", "--steps", str(arguments.steps), "--stage", arguments.stage]
     command += ["--tensor", *map(str, arguments.tensor)]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return subprocess.run(command, env=environment, check=False).returncode

@@ -13,14 +13,15 @@ from run_ranks import ROOT, made_once, python_environment, run_jobs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 TOLERANCE = 1e-5
-COMPARED = "compare:20,1,2"
+COMPARED = "compare:sequential,20,1,2"
+ALL_TRAINED = "compare:base,3,1,2"
 RESUMED = "resume:1,torch-0-bf16,deepspeed-1-bf16,deepspeed-2-fp32,deepspeed-3-bf16"
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What two ranks found, by job."""
-    jobs = [COMPARED, RESUMED]
+    jobs = [COMPARED, ALL_TRAINED, RESUMED]
     folder = made_once(tmp_path_factory, "engines", lambda folder: run_jobs(jobs, 2, folder, timeout=480))
     return json.loads((folder / "result.json").read_text())
 
@@ -37,9 +38,15 @@ def test_two_ranks_train_like_one_for_every_engine_and_zero_stage(two_ranks: dic
     assert_alike(two_ranks[COMPARED], [1, 2])
 
 
+def test_two_ranks_train_the_base_like_one_where_embeddings_norms_and_head_are_trained(
+    two_ranks: dict[str, list[Any]],
+) -> None:
+    assert_alike(two_ranks[ALL_TRAINED], [1, 2])
+
+
 @pytest.mark.slow
 def test_four_ranks_train_like_one_for_every_engine_and_zero_stage(tmp_path: Path) -> None:
-    job = "compare:20,1,2,4"
+    job = "compare:sequential,20,1,2,4"
     assert_alike(run_jobs([job], 4, tmp_path, timeout=290)[job], [1, 2, 4])
 
 
