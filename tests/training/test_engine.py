@@ -121,7 +121,7 @@ def test_the_plain_engine_steps_as_adamw_on_the_clipped_mean_gradient_does() -> 
 
     for step in range(1, 4):
         run_step(engine, config, ALONE, step)
-        text, valid, codes = _data(config.model, step)
+        text, valid, codes = _data(config.model, "sequential", step)
         assert text.shape[0] == GLOBAL_BATCH
         optimizer.zero_grad()
         twin(text, valid, codes, "sequential").loss.backward()  # the whole batch at once
