@@ -151,7 +151,8 @@ def _layer(
         mixed_BFC = share_C * out_BSC[:, L:] + (1 - share_C) * plus_BFC
         out_BSC = torch.cat([out_BSC[:, :L], mixed_BFC], dim=1)
     x_BSC = x_BSC + _norm(weight, model, f"{name}.third_layernorm", out_BSC)
-    z_BSC = _linear(weight, f"{name}.mlp.dense_h_to_4h", _norm(weight, model, f"{name}.post_attention_layernorm", x_BSC))
+    z_BSC = _norm(weight, model, f"{name}.post_attention_layernorm", x_BSC)
+    z_BSC = _linear(weight, f"{name}.mlp.dense_h_to_4h", z_BSC)
     z_BSC = 0.5 * z_BSC * (1 + torch.tanh(math.sqrt(2 / math.pi) * z_BSC * (1 + 0.044715 * z_BSC * z_BSC)))
     out_BSC = _linear(weight, f"{name}.mlp.dense_4h_to_h", z_BSC)
     return x_BSC + _norm(weight, model, f"{name}.fourth_layernorm", out_BSC)
@@ -205,7 +206,6 @@ def _join(x_BNSD: Tensor) -> Tensor:
 
 
 def _linear(weight: Weight, name: str, x: Tensor) -> Tensor:
-    # The attention-plus lists carry the layer's number at the end, after which weight or bias follows.
     return F.linear(x, weight(f"{name}.weight"), weight(f"{name}.bias"))
 
 

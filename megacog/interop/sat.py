@@ -232,5 +232,5 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _differs(path: Path, problems: list[str], remedy: str) -> CheckpointError:
-    lines = "\n  ".join(problems)
-    return CheckpointError(f"{path} does not hold what the model has ({len(problems)} differences). {remedy}.\n  {lines}")
+    head = f"{path} does not hold what the model has ({len(problems)} differences). {remedy}."
+    return CheckpointError("\n  ".join([head, *problems]))

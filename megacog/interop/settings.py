@@ -23,6 +23,10 @@ IMAGE_TOKENS = 20_000
 """Rows of icetk's vocabulary that are image codes; they come first."""
 START_OF_IMAGE = 150_000
 """icetk's id of `<start_of_image>`."""
+_COMPARED = (
+    "num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length", "window_size",
+    "additional_seqlen",
+)  # fmt: skip
 _OURS = "megacog"
 """Key of files that megacog writes: the model section, whole."""
 
@@ -39,9 +43,9 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); copy it again, or remove it and give --config") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); copy it again, or give --config instead") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no JSON object; copy it again, or remove it and give --config")
+        raise CheckpointError(f"{path} is no JSON object; copy it again, or give --config instead")
     return found
 
 
@@ -96,7 +100,7 @@ def model_of(settings: Mapping[str, Any], stage: Stage, path: Path) -> ModelConf
 
 
 def settings_of(model: ModelConfig, stage: Stage, ranks: int) -> dict[str, Any]:
-    """The model_config.json of a stage's model. Raises nothing: what the original lacks is under a key of ours."""
+    """The model_config.json of a stage's model; what the original's lacks is under a key of ours."""
     text, cells = model.text_length, model.cells
     settings: dict[str, Any] = {
         "model_class": "BaseModel" if stage == "base" else "CogVideoModel",
@@ -117,6 +121,13 @@ def settings_of(model: ModelConfig, stage: Stage, ranks: int) -> dict[str, Any]:
     return settings
 
 
+def disagreements(settings: Mapping[str, Any], model: ModelConfig, stage: Stage) -> list[str]:
+    """A line for each thing that a model_config.json says otherwise than `model`."""
+    expected = settings_of(model, stage, 1)
+    keys = [key for key in _COMPARED if key in settings and key in expected]
+    return [f"{key} is {settings[key]!r}, not {expected[key]!r}" for key in keys if settings[key] != expected[key]]
+
+
 def window_space(window: int) -> SpaceConfig:
     """The attention-plus space of the original's `window_size`; -1 = full attention."""
     return SpaceConfig(kind="shifted_window", window=(window, window)) if window > 0 else SpaceConfig()
@@ -132,7 +143,7 @@ def _layout(layout: Any, path: Path) -> dict[str, Any]:
     try:
         text, one, all_ = (int(part) for part in parts)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / FILE}: layout is {layout!r}, expected three numbers like 64,464,2064") from error
+        raise CheckpointError(f"{path / FILE}: layout is {layout!r}, expected numbers like 64,464,2064") from error
     cells = one - text
     side = math.isqrt(max(cells, 0))
     if side < 1 or side * side != cells or (all_ - text) % cells:
