@@ -16,6 +16,7 @@ from megacog.interop import exporting, parity
 from megacog.interop.importing import Imported, ImportOptions, import_sat
 from megacog.interop.keys import name_problems, original_entries
 from megacog.runtime import log
+from megacog.runtime.allocator import return_large_blocks
 from megacog.runtime.files import atomic_file
 from megacog.runtime.hardware import memory_gib
 from megacog.runtime.tensor_files import save_tensors
@@ -26,6 +27,7 @@ _STAGES = get_args(Stage)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sub-command and return its exit code."""
     log.setup()
+    return_large_blocks()
     options = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
