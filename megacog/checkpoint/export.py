@@ -69,12 +69,12 @@ class Export:
         return self._tokenizer(FRAME_TOKENIZER)
 
     @property
-    def has_tokenizers(self) -> bool:
-        """Whether both are inside; weights imported without them lack them."""
-        return all((self.path / name).is_dir() for name in (TEXT_TOKENIZER, FRAME_TOKENIZER))
+    def tokenizers(self) -> tuple[str, ...]:
+        """Folders of the tokenizers inside; weights imported without them lack them."""
+        return tuple(name for name in (TEXT_TOKENIZER, FRAME_TOKENIZER) if (self.path / name).is_dir())
 
     def _tokenizer(self, name: str) -> Path:
-        if not (self.path / name).is_dir():
+        if name not in self.tokenizers:
             raise CheckpointError(
                 f"{self.path} holds no {name.replace('_', ' ')}: its weights were imported without one. Import them "
                 f"again with --{name.replace('_', '-')} FOLDER"

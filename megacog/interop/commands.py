@@ -169,8 +169,8 @@ def _verify(options: argparse.Namespace) -> int:
     problems = _export_problems(export)
     if problems:
         raise CheckpointError(f"{options.export} does not hold what its model has:\n  " + "\n  ".join(problems))
-    tokenizers = "with tokenizers" if export.has_tokenizers else "without tokenizers"
-    print(f"{options.export}: {', '.join(['base', *export.plus])}; {len(export.files)} tensors, {tokenizers}")
+    held, tokenizers = ", ".join(["base", *export.plus]), " and ".join(export.tokenizers)
+    print(f"{options.export}: {held}; {len(export.files)} tensors, {tokenizers or 'no tokenizers'}")
     return 0
 
 

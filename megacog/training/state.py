@@ -71,6 +71,11 @@ class Resumed:
         """Names of the idle sets' tensors: what is frozen and not in the model (whose parameters are in `shapes`)."""
         return sorted(set(self.frozen.placement) - set(shapes)) if self.frozen else []
 
+    def frozen_tensor(self, name: str) -> Tensor:
+        """A frozen or idle tensor as it is stored."""
+        assert self.frozen is not None
+        return self.frozen.read(name)["weight"]
+
 
 def load_checkpoint(run_dir: Path, path: Path, manifest: Manifest, config: Config, model: CogVideo) -> Resumed:
     """Put a checkpoint's weights, frozen ones too, into the model. Collective.

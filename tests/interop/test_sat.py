@@ -132,7 +132,7 @@ def test_model_config_json_suffices_for_icetk_vocabularies(tmp_path: Path) -> No
     assert run("import-sat", *folders, "--out", out, "--text-tokenizer", tokenizer) == 0
     export = open_export(out, verify=True)
     assert export.model == model
-    assert (export.text_tokenizer / "text.json").is_file() and not export.has_tokenizers
+    assert (export.text_tokenizer / "text.json").is_file() and export.tokenizers == ("text_tokenizer",)
     with pytest.raises(CheckpointError, match="holds no frame tokenizer.*--frame-tokenizer"):
         _ = export.frame_tokenizer
 
@@ -268,7 +268,7 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path, export: Path) -> Non
 
 def test_verify_checks_bytes_and_names(tmp_path: Path, export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", export) == 0
-    assert "base, sequential, interpolation; 59 tensors, without tokenizers" in capsys.readouterr().out
+    assert "base, sequential, interpolation; 59 tensors, no tokenizers" in capsys.readouterr().out
     copy = shutil.copytree(export, tmp_path / "copy")
     text = (copy / "config.yaml").read_text()
     manifest = json.loads((copy / "manifest.json").read_text())
