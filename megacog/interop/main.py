@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from megacog.interop import commands as weights
+from megacog.interop import icetk_frames, icetk_text
 from megacog.runtime import log
 
 
@@ -21,4 +22,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convert.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     weights.add_parsers(commands)
+    icetk_text.add_parser(commands)
+    icetk_frames.add_parser(commands)
     return parser
