@@ -68,6 +68,7 @@ setup(
             "megacog-train-tokenizer=megacog.commands:train_tokenizer",
             "megacog-infer=megacog.commands:infer",
             "megacog-evaluate=megacog.commands:evaluate",
+            "megacog-convert=megacog.commands:convert",
         ]
     },
 )

@@ -1,4 +1,4 @@
-"""Measures megacog on this machine: `python launch/benchmark.py {kernels,fused,cross_entropy} [--help]`."""
+"""Measures megacog on this machine: `python launch/benchmark.py {kernels,fused,cross_entropy,import} [--help]`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ BENCHMARKS = {
     "fused": ROOT / "kernels/benchmarks/fused.py",
     "tiles": ROOT / "kernels/benchmarks/sweep.py",
     "cross_entropy": ROOT / "kernels/benchmarks/cross_entropy.py",
+    "import": ROOT / "megacog/interop/benchmark.py",
 }
 
 

@@ -42,3 +42,10 @@ def evaluate() -> None:
     from megacog.evaluation.evaluate import main
 
     run(main)
+
+
+def convert() -> None:
+    """Exit with the code of `megacog.interop.main.main`."""
+    from megacog.interop.main import main
+
+    run(main)

@@ -19,6 +19,7 @@ MAINS = {
     "train_tokenizer": "megacog.prepare.train_tokenizer",
     "infer": "megacog.generation.infer",
     "evaluate": "megacog.evaluation.evaluate",
+    "convert": "megacog.interop.main",
 }
 """Command in launch/ -> module with its main."""
 

@@ -4,6 +4,9 @@
     <export>/model-00001.safetensors ...  whole (unsharded, unpadded) tensors in their own dtype
     <export>/manifest.json          format, plus sets, every file with size and sha256
     <export>/text_tokenizer/  <export>/frame_tokenizer/
+
+Weights that come from elsewhere may be exported without tokenizers: such an export can be trained on with the
+tokenizers that the run names, and gives a clear error where its own are needed.
 """
 
 from __future__ import annotations
@@ -24,12 +27,16 @@ from megacog.errors import CheckpointError
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel, materialize
 from megacog.runtime.files import FolderKind, atomic_directory, sha256_file
-from megacog.runtime.tensor_files import save_tensors, stored_bytes
+from megacog.runtime.log import get_logger
+from megacog.runtime.tensor_files import Deferred, save_tensors, stored_bytes
 
 FORMAT = "megacog-export"
 KIND = FolderKind("manifest.json", FORMAT)
 VERSION = 1
 SHARD_BYTES = 4 * 2**30
+TEXT_TOKENIZER = "text_tokenizer"
+FRAME_TOKENIZER = "frame_tokenizer"
+_logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,24 @@ class Export:
 
     @property
     def text_tokenizer(self) -> Path:
-        return self.path / "text_tokenizer"
+        return self._tokenizer(TEXT_TOKENIZER)
 
     @property
     def frame_tokenizer(self) -> Path:
-        return self.path / "frame_tokenizer"
+        return self._tokenizer(FRAME_TOKENIZER)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Folders of the tokenizers inside; weights imported without them lack them."""
+        return tuple(name for name in (TEXT_TOKENIZER, FRAME_TOKENIZER) if (self.path / name).is_dir())
+
+    def _tokenizer(self, name: str) -> Path:
+        if name not in self.tokenizers:
+            raise CheckpointError(
+                f"{self.path} holds no {name.replace('_', ' ')}: its weights were imported without one. Import them "
+                f"again with --{name.replace('_', '-')} FOLDER"
+            )
+        return self.path / name
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor `name` on the CPU, in the dtype it was stored in."""
@@ -76,7 +96,11 @@ class Export:
 
 
 def save_export(
-    path: Path, config: Config, tensors: Mapping[str, Tensor], text_tokenizer: Path, frame_tokenizer: Path
+    path: Path,
+    config: Config,
+    tensors: Mapping[str, Tensor | Deferred],
+    text_tokenizer: Path | None,
+    frame_tokenizer: Path | None,
 ) -> None:
     """Write an export; the folder appears, or replaces an older one, only when complete.
 
@@ -84,19 +108,31 @@ def save_export(
         path: The folder.
         config: The run's configuration, `boi_id` resolved.
         tensors: Whole tensors by parameter name.
-        text_tokenizer, frame_tokenizer: Folders to copy in.
+        text_tokenizer, frame_tokenizer: Folders to copy in; None = the export holds none.
     """
     with atomic_directory(path, KIND) as folder:
-        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        placement = {}
-        for index, names in enumerate(_shards(tensors), start=1):
-            file = f"model-{index:05d}.safetensors"
-            save_tensors({name: tensors[name].detach().cpu().contiguous() for name in names}, folder / file)
-            placement.update(dict.fromkeys(names, file))
-        shutil.copytree(text_tokenizer, folder / "text_tokenizer")
-        shutil.copytree(frame_tokenizer, folder / "frame_tokenizer")
-        manifest = {"format": FORMAT, "version": VERSION, "tensors": placement, "files": _file_table(folder)}
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        write_export(folder, config, tensors, text_tokenizer, frame_tokenizer)
+
+
+def write_export(
+    folder: Path,
+    config: Config,
+    tensors: Mapping[str, Tensor | Deferred],
+    text_tokenizer: Path | None,
+    frame_tokenizer: Path | None,
+) -> None:
+    """Fill an empty folder as `save_export` does: for writers that check it before it gets its name."""
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    placement = {}
+    for index, names in enumerate(_shards(tensors), start=1):
+        file = f"model-{index:05d}.safetensors"
+        save_tensors({name: tensors[name] for name in names}, folder / file)
+        placement.update(dict.fromkeys(names, file))
+    for source, name in ((text_tokenizer, TEXT_TOKENIZER), (frame_tokenizer, FRAME_TOKENIZER)):
+        if source is not None:
+            shutil.copytree(source, folder / name)
+    manifest = {"format": FORMAT, "version": VERSION, "tensors": placement, "files": _file_table(folder)}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 def open_export(path: Path, verify: bool = False) -> Export:
@@ -178,6 +214,8 @@ def load_model(
         raise CheckpointError(f"{path} holds no attention-plus of stage {missing[0]}, only {list(export.plus)}")
     stored = export.tensor("final_layernorm.weight").dtype
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else stored)
+    if dtype != stored:
+        _logger.info("%s holds %s weights; they are cast to %s", path, _short(stored), _short(dtype))
     with torch.device("meta"):
         model = CogVideo(export.model, stages, parallel, kernels=kernels)
     materialize(model, device, dtype).requires_grad_(False).eval()
@@ -186,7 +224,11 @@ def load_model(
     return model
 
 
-def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shards(tensors: Mapping[str, Tensor | Deferred]) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name, tensor in tensors.items():

@@ -300,17 +300,24 @@ class CogVideo(nn.Module):
         return self._whole_logits(self.code_embedding, self.final_layernorm(hidden_BRC)).float()
 
     def logits(
-        self, text_BL: Tensor, text_valid_BL: Tensor, frames_BTP: Tensor, stage: Stage, plus: bool = True
+        self,
+        text_BL: Tensor,
+        text_valid_BL: Tensor,
+        frames_BTP: Tensor,
+        stage: Stage,
+        plus: bool = True,
+        positions: slice | None = None,
     ) -> Tensor:
-        """fp32 logits of all rows over codes, then text pieces: [B, L + F, image + text vocabulary].
+        """fp32 logits of rows over codes, then text pieces: [B, L + F, image + text vocabulary].
 
         For parity and proofs: training and generation never build them. With plus=False the
-        attention-plus channel is off (its positions stay). Differentiable on one tensor-parallel rank.
+        attention-plus channel is off (its positions stay); with `positions` only those of the L + F rows
+        are computed. Differentiable on one tensor-parallel rank.
         """
         layout = stage_layout(self.config, stage)
         self._check(text_BL, frames_BTP, layout)
         rows = torch.cat(self._hidden(text_BL, text_valid_BL, frames_BTP, layout, plus), dim=1)
-        hidden = self.final_layernorm(rows)
+        hidden = self.final_layernorm(rows if positions is None else rows[:, positions])
         tables = (self.code_embedding, self.text_embedding)
         return torch.cat([self._whole_logits(table, hidden) for table in tables], dim=-1).float()
 

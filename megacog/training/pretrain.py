@@ -6,7 +6,7 @@ import argparse
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megacog import __version__
 from megacog.checkpoint.commit import on_rank_0
 from megacog.checkpoint.discovery import find_checkpoint
+from megacog.checkpoint.export import FRAME_TOKENIZER, TEXT_TOKENIZER, Export
 from megacog.checkpoint.export import KIND as EXPORT
-from megacog.checkpoint.export import Export
 from megacog.checkpoint.manifest import Manifest
 from megacog.checkpoint.rng import seed_everything
 from megacog.config.load import config_hash, dump_config, load_config
@@ -128,7 +129,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     idle = idle_tensors(config, export) if resumed is None else resumed.idle_tensors(shapes)
     if ranks.rank == 0:
         save_run_files(config, run_dir)
-        table = describe_weights(model, sources, idle)
+        table = describe_weights(model, sources, idle, stored_weights(export, resumed))
         announce(config, ranks, groups, accumulation, f"data:\n{data}\nweights on this rank:\n{table}")
     engine = build_engine(config, model, groups, accumulation)
     state = RunState(config, engine, groups, shapes, tokenizers.fingerprints, versions(), (export, idle))
@@ -217,22 +218,35 @@ def resolve(config: Config, tokenizers: Tokenizers) -> Config:
 
 
 def fingerprints_of(export: Export) -> dict[str, str]:
-    """Of the tokenizers inside an export."""
-    return Tokenizers(
-        TextTokenizer.load(export.text_tokenizer), load_frame_tokenizer(export.frame_tokenizer)
-    ).fingerprints
+    """Of the tokenizers inside an export; imported weights may lack them."""
+    found = {}
+    if TEXT_TOKENIZER in export.tokenizers:
+        found["text"] = TextTokenizer.load(export.text_tokenizer).fingerprint
+    if FRAME_TOKENIZER in export.tokenizers:
+        found["frames"] = load_frame_tokenizer(export.frame_tokenizer).fingerprint
+    return found
 
 
 def check_tokenizers(tokenizers: Tokenizers, theirs: Mapping[str, str], path: Path) -> None:
     """Raises:
     CheckpointError: The weights in `path`, an export or a checkpoint, were trained with other tokenizers.
     """
-    different = [kind for kind, fingerprint in tokenizers.fingerprints.items() if theirs.get(kind) != fingerprint]
+    ours = tokenizers.fingerprints
+    for kind in ours.keys() - theirs.keys():
+        log.warning("%s holds no %s tokenizer; the run's own is taken to be the one of its weights", path, kind)
+    different = [kind for kind in ours if kind in theirs and theirs[kind] != ours[kind]]
     if different:
         raise CheckpointError(
             f"{path} was trained with another {' and '.join(different)} tokenizer; its weights mean nothing "
             f"with this one. Set tokenizer.{different[0]} to the one that it was trained with"
         )
+
+
+def stored_weights(export: Export | None, resumed: Resumed | None) -> Callable[[str], Tensor] | None:
+    """How to read what the run does not train as it is stored: from its own copy, or from the inherited export."""
+    if resumed is not None and resumed.frozen is not None:
+        return resumed.frozen_tensor
+    return export.tensor if export is not None else None
 
 
 def build_model(

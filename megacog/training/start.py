@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
 
+from megacog.checkpoint.digest import tensor_digest
 from megacog.checkpoint.export import Export, load_tensors, open_export
 from megacog.config.schema import Config, ModelConfig, PlusStage
 from megacog.errors import CheckpointError, ConfigError
@@ -22,6 +22,8 @@ _SHAPE_KEYS = (
     "text_positions", "base_position_rows", "layernorm_eps",
 )  # fmt: skip
 """What the base must share with a model that inherits it."""
+_DIGEST_SHOWN = 16
+"""Digits of a sha256 in the table."""
 
 
 def open_inherited(config: Config) -> Export | None:
@@ -115,30 +117,52 @@ def _start_plus(config: Config, model: CogVideo, stage: PlusStage, export: Expor
     return f"plus.{origin} of {export.path}"
 
 
-def describe_weights(model: CogVideo, sources: dict[str, str], idle: list[str]) -> str:
-    """A table of tensor groups: tensors, parameters, trained or frozen, source.
+def describe_weights(
+    model: CogVideo, sources: dict[str, str], idle: list[str], stored: Callable[[str], Tensor] | None
+) -> str:
+    """A table of tensor groups: tensors, parameters, dtype, trained or frozen, source, hash of what is not trained.
 
     Args:
         model: Counted as this rank holds it, before an engine partitions it.
         sources: As `start_weights` returns.
         idle: Tensors of the sets that are carried over.
+        stored: Reads a frozen or idle tensor whole, as it is stored; None = nothing is.
     """
-    rows: list[tuple[str, ...]] = [("tensors", "parameters", "state", "group", "from")]
-    groups: dict[str, list[int]] = {}
-    trained: dict[str, bool] = {}
-    for name, parameter in model.named_parameters():
-        group = _group(name)
-        count = groups.setdefault(group, [0, 0])
-        count[0] += 1
-        count[1] += parameter.numel()
-        trained[group] = parameter.requires_grad
-    for group, (number, numel) in groups.items():
+    rows: list[tuple[str, ...]] = [("tensors", "parameters", "dtype", "state", "group", "from", "sha256")]
+    parameters = dict(model.named_parameters())
+    for group, names in _groups(parameters).items():
         part = ".".join(group.split(".")[:2]) if group.startswith("plus.") else "base"
-        state = "trained" if trained[group] else "frozen"
-        rows.append((str(number), f"{numel:,}", state, group, sources.get(part, "checkpoint")))
-    for group, tensors in Counter(".".join(name.split(".")[:2]) for name in idle).items():
-        rows.append((str(tensors), "", "idle", group, "carried over bitwise"))
+        first, numel = parameters[names[0]], sum(parameters[name].numel() for name in names)
+        state, dtype, digest = "trained", _short(first), ""
+        if not first.requires_grad:
+            assert stored is not None, "what is frozen was inherited"
+            kept = {name: stored(name) for name in names}
+            state, digest, dtype = "frozen", tensor_digest(kept), _cast(kept[names[0]], first)
+        source = sources.get(part, "checkpoint")
+        rows.append((str(len(names)), f"{numel:,}", dtype, state, group, source, digest[:_DIGEST_SHOWN]))
+    for group, names in _groups(idle).items():
+        assert stored is not None, "idle sets were inherited"
+        kept = {name: stored(name) for name in names}
+        numel = sum(tensor.numel() for tensor in kept.values())
+        dtype, digest = _short(kept[names[0]]), tensor_digest(kept)[:_DIGEST_SHOWN]
+        rows.append((str(len(names)), f"{numel:,}", dtype, "idle", group, "carried over bitwise", digest))
     return "\n".join(_format_rows(rows))
+
+
+def _groups(names: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_group(name), []).append(name)
+    return groups
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _cast(stored: Tensor, parameter: Tensor) -> str:
+    """The dtype, or both where loading has cast."""
+    return _short(stored) if stored.dtype == parameter.dtype else f"{_short(stored)} -> {_short(parameter)}"
 
 
 def _group(name: str) -> str:

@@ -71,6 +71,11 @@ class Resumed:
         """Names of the idle sets' tensors: what is frozen and not in the model (whose parameters are in `shapes`)."""
         return sorted(set(self.frozen.placement) - set(shapes)) if self.frozen else []
 
+    def frozen_tensor(self, name: str) -> Tensor:
+        """A frozen or idle tensor as it is stored."""
+        assert self.frozen is not None
+        return self.frozen.read(name)["weight"]
+
 
 def load_checkpoint(run_dir: Path, path: Path, manifest: Manifest, config: Config, model: CogVideo) -> Resumed:
     """Put a checkpoint's weights, frozen ones too, into the model. Collective.
@@ -130,6 +135,9 @@ def _leaf_differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[A
 class RunState:
     """Saves, restores and exports one run. All methods are collective.
 
+    Frozen weights and idle sets are taken from the inherited export, and later from the run's own copy, in the
+    dtype that they were stored in: the compute dtype may have fewer bits.
+
     Args:
         config: With boi_id resolved.
         engine: Built from a model whose parameters have the whole shapes `shapes`.
@@ -158,10 +166,12 @@ class RunState:
         self._shapes = shapes
         self._fingerprints = fingerprints
         self._versions = versions
-        self._export, self._idle = idle
+        self._export, idle_names = idle
         self._frozen_hash: str | None = None
         self._frozen: RecordReader | None = None
         self._parameters = dict(engine.model.named_parameters())
+        frozen = [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
+        self._carried = [*frozen, *idle_names]
 
     def restore(self, resumed: Resumed, example: dict[str, Any]) -> int:
         """Continue from a checkpoint: optimizer state and generators; the step it was taken at.
@@ -209,7 +219,7 @@ class RunState:
         self.saved_step = step
 
     def export(self, text_tokenizer: Path, frame_tokenizer: Path) -> Path:
-        """Write `<run>/export` from the present weights; idle sets are carried over bitwise.
+        """Write `<run>/export` from the present weights; frozen ones and idle sets are carried over bitwise.
 
         Raises:
             CheckpointError: It could not be written.
@@ -217,13 +227,15 @@ class RunState:
         rank, _ = rank_and_size()
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
+            if not parameter.requires_grad:
+                continue
             whole = gather_whole(self._engine.weight(name), parameter, self._groups.tensor)
             if rank == 0:
                 tensors[name] = whole.detach().to("cpu", copy=True)
         path = self.run_dir / "export"
 
         def write() -> None:
-            tensors.update({name: self._idle_tensor(name) for name in self._idle})
+            tensors.update({name: self._carried_tensor(name) for name in self._carried})
             save_export(path, self._config, tensors, text_tokenizer, frame_tokenizer)
 
         on_rank_0(write)
@@ -262,21 +274,16 @@ class RunState:
 
     def _save_frozen(self, reserve: int) -> None:
         """Write frozen and idle weights, if there are any, when `reserve` bytes fit besides."""
-        frozen = {name: parameter for name, parameter in self._parameters.items() if not parameter.requires_grad}
-        sizes = {name: self._numel(name) * parameter.element_size() for name, parameter in frozen.items()}
-        if self._idle:
-            assert self._export is not None
-            sizes |= self._export.tensor_bytes(self._idle)
-        if sizes:
-            self._frozen_hash = save_frozen(self.run_dir, self._header(0), sizes, self._frozen_record, reserve)
+        if not self._carried:
+            return
+        assert self._export is not None, "what is frozen was inherited"
+        sizes = self._export.tensor_bytes(self._carried)
+        self._frozen_hash = save_frozen(self.run_dir, self._header(0), sizes, self._frozen_record, reserve)
 
     def _frozen_record(self, name: str) -> Record:
-        if name in self._parameters:
-            parameter = self._parameters[name]
-            return {"weight": gather_whole(self._engine.weight(name), parameter, self._groups.tensor)}
-        return {"weight": self._idle_tensor(name)}
+        return {"weight": self._carried_tensor(name)}
 
-    def _idle_tensor(self, name: str) -> Tensor:
+    def _carried_tensor(self, name: str) -> Tensor:
         if self._frozen is not None:
             return self._frozen.read(name)["weight"]
         assert self._export is not None

@@ -240,3 +240,32 @@ def test_an_output_folder_that_cannot_be_made_is_named(command: Command, world: 
         outcome = command("infer", world / "prompts.txt", "--model", world / "made/export", "--out", world / out)
     assert outcome.code == 1
     assert_tells(outcome.message, f"output folder {world / out} cannot be made")
+
+
+# ---- convert ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["import-sat", "{world}/nowhere", "--out", "{out}"], 1, "nowhere does not exist; give the folder"),
+        (["import-sat", "{world}/inputs", "--out", "{out}"], 1, "inputs holds no mp_rank_00_model_states.pt"),
+        (["import-sat", "{world}/file", "--out", "{out}"], 1, "file is a file; give the folder"),
+        (["import-sat", "{world}/file", "--out", "{world}/videos"], 1, "something else and is not replaced"),
+        (["export-sat", "{world}/videos", "--out", "{out}"], 1, "videos has no manifest.json"),
+        (["export-sat", "{export}", "--out", "{out}", "--stage", "base", "--ranks", "0"], 75, "0 ranks do not divide"),
+        (["export-safetensors", "{export}", "--out", "{out}"], 1, "choose one by --stage"),
+        (["export-sat", "{export}", "--out", "{world}/videos", "--stage", "base"], 1, "exists already"),
+        (["parity", "{world}/file"], 1, "file cannot be read as safetensors"),
+        (["parity", "{export}/model-00001.safetensors"], 1, "metadata stage is None, expected a number"),
+        (["verify", "{world}/inputs"], 1, "inputs has no manifest.json"),
+    ],
+)
+def test_convert_refuses_bad_input_before_it_writes(
+    command: Command, world: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    places = {"world": world, "out": tmp_path / "out", "export": world / "made/export"}
+    with nothing_changes(world, tmp_path):
+        outcome = command("convert", *(argument.format(**places) for argument in arguments))
+    assert outcome.code == code
+    assert_tells(outcome.message, message)

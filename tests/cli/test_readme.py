@@ -197,7 +197,9 @@ def test_every_option_named_in_the_text_exists() -> None:
     texts = [help_text(name) for name in (*scripts, "pretrain.py", "evaluate.py")]
     texts += [help_text("prepare.py", name) for name in ("run", "records", "inspect", "verify", "digits")]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
-    texts += [help_text("convert.py", name) for name in ("import-icetk-text", "import-icetk-frames")]
+    texts += [help_text("benchmark.py", "import")]
+    weights = ("import-sat", "export-sat", "export-safetensors", "parity")
+    texts += [help_text("convert.py", name) for name in (*weights, "import-icetk-text", "import-icetk-frames")]
     texts += [help_text("prove.py", name) for name in re.findall(r"\{([\w,]+)\}", help_text("prove.py"))[0].split(",")]
     tools = (ROOT / "kernels" / "benchmarks").glob("*.py")
     texts += [path.read_text(encoding="utf-8") for path in tools]
