@@ -6,6 +6,7 @@ Every case is checked before it is timed, and a wrong result ends the run. Times
 
 - megacog: `megacog_kernels.attention`, the case's own mask; "fast" lets gradients of q be summed in any order
 - cudnn: torch SDPA forced to cuDNN, dense causal over text + frames, what the kernels have to beat
+- flash: FlashAttention, dense causal, if it is installed
 - flex: FlexAttention (compiled) with the same mask, in raster order and in the plan's order
 - reference: the plain torch ops, where their dense scores fit
 
@@ -19,6 +20,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 
@@ -33,29 +36,43 @@ from megacog_kernels.attention.plan import tile_plan
 from megacog_kernels.grid import rule
 
 Run = Callable[[], Tensor]
+Peer = tuple[Run, tuple[Tensor, ...], Tensor]
+"""A forward pass, its leaves and its output's gradient."""
 
 
-def peers(case: Case, tensors: Tensors) -> dict[str, tuple[Run, tuple[Tensor, ...], Tensor]]:
-    """For every implementation: its forward pass, its leaves and its output's gradient."""
-    joined = _joined(tensors, None)
+def peers(case: Case, tensors: Tensors) -> dict[str, Callable[[], Peer]]:
+    """How to make every implementation: one at a time, for memory's sake."""
     mine = (tensors.leaves, tensors.grad_out)
-    runs: dict[str, tuple[Run, tuple[Tensor, ...], Tensor]] = {
-        "megacog": (lambda: forward(case, tensors, "triton"), *mine),
-        "megacog, fast": (lambda: forward(case, tensors, "triton", deterministic=False), *mine),
+    plan = tile_plan(case.mask, case.grid, 64, 64)
+    made: dict[str, Callable[[], Peer]] = {
+        "cudnn": lambda: _cudnn(tensors),
+        "megacog": lambda: (lambda: forward(case, tensors, "triton"), *mine),
+        "megacog, fast": lambda: (lambda: forward(case, tensors, "triton", deterministic=False), *mine),
+        "flex": lambda: _flex(case, tensors, np.arange(case.grid.tokens)),
+        "flex, plan's order": lambda: _flex(case, tensors, plan.query.rows[plan.query.real]),
     }
+    if find_spec("flash_attn"):
+        made["flash, dense"] = lambda: _flash(tensors)
+    if case.grid.tokens <= 2500:
+        made["reference"] = lambda: (lambda: forward(case, tensors, "reference"), *mine)
+    return made
 
-    def cudnn() -> Tensor:
+
+def _cudnn(tensors: Tensors) -> Peer:
+    joined = _joined(tensors, None)
+
+    def run() -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return scaled_dot_product_attention(*joined, is_causal=True)
 
-    runs["cudnn"] = (cudnn, joined, torch.randn_like(joined[0]))
-    plan = tile_plan(case.mask, case.grid, 64, 64)
-    orders = {"flex": np.arange(case.grid.tokens), "flex, plan's order": plan.query.rows[plan.query.real]}
-    for name, order in orders.items():
-        runs[name] = _flex(case, tensors, order)
-    if case.grid.tokens <= 2500:
-        runs["reference"] = (lambda: forward(case, tensors, "reference"), *mine)
-    return runs
+    return run, joined, torch.randn_like(joined[0])
+
+
+def _flash(tensors: Tensors) -> Peer:
+    from flash_attn import flash_attn_func
+
+    joined = tuple(part.detach().transpose(1, 2).contiguous().requires_grad_() for part in _joined(tensors, None))
+    return (lambda: flash_attn_func(*joined, causal=True)), joined, torch.randn_like(joined[0])
 
 
 def _joined(tensors: Tensors, order: Tensor | None) -> tuple[Tensor, ...]:
@@ -66,15 +83,16 @@ def _joined(tensors: Tensors, order: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(part.detach().contiguous().requires_grad_() for part in joined)
 
 
-def _flex(case: Case, tensors: Tensors, order: np.ndarray) -> tuple[Run, tuple[Tensor, ...], Tensor]:
+def _flex(case: Case, tensors: Tensors, order: np.ndarray) -> Peer:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device = tensors.q.device
     token = torch.from_numpy(order.astype(np.int64)).to(device)
     joined = _joined(tensors, token)
     size = joined[0].shape[2]
-    blocks = create_block_mask(flex_rule(case, token), None, None, size, size, device=str(device))
-    compiled = torch.compile(flex_attention)
+    torch._dynamo.reset()  # else the cases before count against its limit of compilations, and it runs unfused
+    blocks = create_block_mask(flex_rule(case, token), None, None, size, size, device=str(device), _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return (lambda: compiled(*joined, block_mask=blocks)), joined, torch.randn_like(joined[0])
 
 
@@ -83,12 +101,12 @@ def flex_rule(case: Case, token: Tensor) -> Callable[[Tensor, Tensor, Tensor, Te
     mask, grid, L = case.mask, case.grid, case.text
     level = torch.tensor(mask.order.level, device=token.device)
     is_open = torch.tensor(mask.order.open, device=token.device)
+    slots = torch.cat([token.new_zeros(L), token])  # text slots are never asked for their frame
+    frame, cell = slots // grid.cells, slots % grid.cells
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        (f, p), (g, c) = (
-            (at // grid.cells, at % grid.cells) for at in (token[(slot - L).clamp(min=0)] for slot in (query, key))
-        )
-        return (key < L) | ((query >= L) & rule(mask.space, grid, level, is_open, f, p, g, c))
+        seen = rule(mask.space, grid, level, is_open, frame[query], cell[query], frame[key], cell[key])
+        return (key < L) | ((query >= L) & seen)
 
     return sees
 
@@ -100,22 +118,28 @@ def measure(case: Case, tensors: Tensors) -> list[dict]:
     rows = []
     plan = tile_plan(case.mask, case.grid, 64, 64)
     pairs = (plan.visible + case.grid.tokens * case.text) * case.batch * case.heads
-    for name, (run, leaves, grad_out) in peers(case, tensors).items():
+    for name, make in peers(case, tensors).items():
         row: dict = {"case": case.name, "implementation": name}
         try:
+            run, leaves, grad_out = make()
             with torch.no_grad():
                 row["forward_ms"] = do_bench(run, return_mode="median")
             row["useful_tflops"] = pairs * 4 * case.head_dim / row["forward_ms"] / 1e9
             if case.backward:
-                both = do_bench(lambda: torch.autograd.grad(run(), leaves, grad_out), return_mode="median")  # noqa: B023
-                row["forward_backward_ms"] = both
+                both = partial(_forward_backward, run, leaves, grad_out)
+                row["forward_backward_ms"] = do_bench(both, return_mode="median")
                 row["extra_memory"] = extra_memory(run, leaves, grad_out)
-        except RuntimeError as error:
-            row["failed"] = str(error).splitlines()[0]
+        except Exception as error:  # whatever it is: the others are to be measured
+            row["failed"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        run = leaves = grad_out = None
         torch.cuda.empty_cache()
         rows.append(row)
         print(line(row, rows), flush=True)
     return rows
+
+
+def _forward_backward(run: Run, leaves: tuple[Tensor, ...], grad_out: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(run(), leaves, grad_out)
 
 
 def extra_memory(run: Run, leaves: tuple[Tensor, ...], grad_out: Tensor) -> float:
@@ -174,6 +198,7 @@ def goals(rows: list[dict], matmul: float) -> list[str]:
     trained = {case for case, name in times if "forward_backward_ms" in times[case, name] and name == "megacog"}
     wanted: list[tuple[str, bool, float, Callable[[], float]]] = [
         (f"{full}: forward / cuDNN", False, 1.10, lambda: forward_ms(full, "megacog") / forward_ms(full, "cudnn")),
+        (f"{full}: backward / cuDNN", False, 1.25, lambda: backward(full, "megacog") / backward(full, "cudnn")),
         (f"{full}: fast backward / cuDNN", False, 1.25,
          lambda: backward(full, "megacog, fast") / backward(full, "cudnn")),
         ("window 10, both shifts: cuDNN / ours", True, 1.8,
@@ -221,6 +246,8 @@ def main() -> None:
             tensors = Tensors.make(case, device, dtype)
             print(f"{case.name}: relative error {check(case, tensors):.1e}", flush=True)
             rows += measure(case, tensors) if not (args.check or args.tiny) else []
+            if args.json:  # after every case: a later one may fail
+                args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if rows:
         rate = matmul_rate()
         print(f"8192^3 matmul: {rate:.0f} TFLOP/s\n\n" + "\n".join(goals(rows, rate)))

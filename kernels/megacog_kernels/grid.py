@@ -82,6 +82,10 @@ class Space:
     def __post_init__(self) -> None:
         if (self.window is None) == (self.kind in ("local3d", "shifted_window")):
             raise ValueError(f"space {self.kind!r} and window {self.window} do not go together")
+        if self.window is not None and min(self.window) < 1:
+            raise ValueError(f"window {self.window} of space {self.kind!r} has a side below 1")
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"space {self.kind!r} sees {self.frames} frames; 1 is its own frame only")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 
 class Launch(Protocol):
     """How a kernel is compiled."""
@@ -35,7 +37,10 @@ class Call:
 
     def run(self) -> None:
         """Launch it; nothing to do without programs."""
-        if self.programs > 0:
+        if self.programs < 1:
+            return
+        tensor = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device
             self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.configuration.options)
 
 

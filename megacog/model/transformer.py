@@ -30,8 +30,9 @@ from megacog.model.norm import BranchNorm, LayerNorm
 from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megacog.parallel.tensor import TensorParallel
 from megacog_kernels.attention import Implementation, attention, text_attention
-from megacog_kernels.attention.dispatch import choose
+from megacog_kernels.attention.dispatch import choose as choose_attention
 from megacog_kernels.grid import MaskSpec, VideoGrid
+from megacog_kernels.norm.ops import choose_norm
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values [B, R, N, D]."""
@@ -184,13 +185,15 @@ class CogVideo(nn.Module):
         return self.final_layernorm.weight.device
 
     def choose_kernels(self) -> None:
-        """Say what runs attention where the weights are.
+        """Say what runs attention and norms where the weights are.
 
         Raises:
             EnvError: `kernels` is triton, which cannot run there.
         """
         try:
-            choose(self.kernels, self.device, self.final_layernorm.weight.dtype, self.config.head_dim)
+            place = (self.kernels, self.device, self.final_layernorm.weight.dtype)
+            choose_attention(*place, self.config.head_dim)
+            choose_norm(*place, self.config.hidden_size)
         except ValueError as error:
             raise EnvError(f"kernels: {error}; set kernels to auto, or change what is in the way") from None
 

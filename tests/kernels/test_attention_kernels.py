@@ -21,7 +21,7 @@ from megacog_kernels.attention.calls import (
     run_backward,
     run_forward,
 )
-from megacog_kernels.attention.configurations import Configuration, Configurations
+from megacog_kernels.attention.configurations import Configuration, Configurations, configurations, is_dense
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
 
 SMALL = Configuration(16, 16, 4, 1, resident=1)
@@ -103,6 +103,33 @@ def test_half_precision_and_both_head_dims(dtype: torch.dtype, head_dim: int) ->
     check(make_case(mask, VideoGrid(2, 3, 5), heads=1, key_heads=1, head_dim=head_dim, dtype=dtype), SMALL)
 
 
+SHIPPED = [
+    (MaskSpec(Order.sequential(2), Space()), VideoGrid(2, 8, 9)),
+    (MaskSpec(Order.interpolation(3), Space("shifted_window", (5, 5), shift=(2, 2))), VideoGrid(3, 9, 7)),
+    (MaskSpec(Order((1, 0, 1, 0), (True, False, True, True)), Space("local3d", (5, 3), 3)), VideoGrid(4, 7, 6)),
+    (MaskSpec(Order.sequential(2), Space("frame")), VideoGrid(2, 9, 9)),
+]
+CAPABILITIES = [torch.cuda.get_device_capability()[0]] if DEVICE == "cuda" else [8, 9, 10]
+SHIPPED_DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
+
+
+@pytest.mark.parametrize("dtype", SHIPPED_DTYPES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_tiles_that_ship(dtype: torch.dtype, capability: int, head_dim: int) -> None:
+    # One mask each when interpreted, which is slow: all masks of a head dim are seen over the capabilities.
+    masks = SHIPPED if DEVICE == "cuda" else SHIPPED[capability - 8 :: 3]
+    for mask, grid in masks:
+        case = make_case(mask, grid, text=70, heads=2, key_heads=1, head_dim=head_dim, dtype=dtype, seed=head_dim)
+        chosen, inputs = configurations(head_dim, dtype, is_dense(mask), capability), inputs_of(case)
+        (out, lse), wanted = run_forward(inputs, chosen), expected(case)
+        assert error(out, wanted.out) < TOLERANCE[dtype], (mask, "out")
+        for deterministic in (True, False):
+            got = run_backward(inputs, out, lse, case.grad_out, Needed(), chosen, deterministic)
+            for name, want in zip(("q", "frame_k", "frame_v", "text_k", "text_v"), wanted.gradients, strict=True):
+                assert error(getattr(got, name), want) < 3 * TOLERANCE[dtype], (mask, name, deterministic)
+
+
 def test_a_grid_of_one_token_sees_itself_without_text() -> None:
     case = make_case(MaskSpec(Order.sequential(1), Space()), VideoGrid(1, 1, 1), text=0)
     check(case, SMALL)
@@ -143,6 +170,7 @@ def test_gradients_summed_in_any_order_are_right(space: Space, order: Order) -> 
 
 def test_a_tensor_beyond_32_bit_offsets_is_refused() -> None:
     case = make_case(MaskSpec(Order.sequential(1), Space()), VideoGrid(1, 2, 2))
-    case.q = torch.empty_strided((1, 4, 2, 16), (2**33, 2**30, 16, 1), device="meta")
-    with pytest.raises(ValueError, match=r"q \(1, 4, 2, 16\) spans"):
-        forward_call(inputs_of(case), case.k, case.k, SMALL)
+    for strides in ((2**33, 2**30, 16, 1), (2**33, 16, 2**31, 1)):
+        case.q = torch.empty_strided((1, 4, 2, 16), strides, device="meta")
+        with pytest.raises(ValueError, match=r"q \(1, 4, 2, 16\) spans"):
+            forward_call(inputs_of(case), case.k, case.k, SMALL)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import DEVICE, Case, error, expected, make_case
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megacog_kernels import dispatch
 from megacog_kernels.attention import AttentionOutput, attention
@@ -161,6 +162,47 @@ def test_triton_operator_keeps_the_rules_of_operators() -> None:
     )
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_backward_operator_keeps_the_rules_of_operators(deterministic: bool) -> None:
+    grid = VideoGrid(3, 1, 2)
+    case = make_case(WINDOW, grid, text=2, heads=2, key_heads=1)
+    q = case.q.transpose(1, 2).contiguous().transpose(1, 2)  # heads before rows in memory
+    code, keys = _encode(WINDOW, grid), (case.k, case.v, case.text_k, case.text_v, case.text_valid)
+    out, lse = torch.ops.megacog.attend(q, *keys, code, 0.25, deterministic)
+    arguments = (case.grad_out, out, lse, q, *keys, code, 0.25, deterministic, [True, True, True])
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.megacog.attend_backward.default, arguments, test_utils=tests)
+
+
+def test_shapes_may_change_between_calls_of_a_compiled_model() -> None:
+    compiled = torch.compile(
+        lambda case: attend(case, "triton").frames, backend="aot_eager", dynamic=True, fullgraph=True
+    )
+    for heads in (1, 2, 3):
+        case = make_case(WINDOW, GRID, heads=heads, key_heads=heads)
+        assert torch.equal(compiled(case), attend(case, "triton").frames)
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    mask, grid = MaskSpec(Order.sequential(2), Space("local3d", (1, 3))), VideoGrid(2, 2, 3)
+    case = make_case(mask, grid)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        attend(case, "reference", return_lse=True)
+    assert error(attend(case, "reference").frames, expected(case).out) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_without_tokens_there_is_nothing_to_do(implementation: str) -> None:
+    case = make_case(MaskSpec(Order.sequential(3), Space()), VideoGrid(3, 0, 3))
+    got = attend(case, implementation, text_q=case.text_q, return_lse=True)
+    assert got.frames.shape == (1, 0, 2, 16) and got.lse is not None and got.lse.shape == (1, 2, 0)
+    assert got.text is not None and got.text.isfinite().all()
+    no_text = make_case(WINDOW, GRID, text=0)
+    got = attend(no_text, implementation, text_q=no_text.text_q)
+    assert got.text is not None and got.text.shape == (1, 0, 2, 16)
+    assert error(got.frames, expected(no_text).out) < 1e-5
+
+
 def test_masks_survive_the_way_through_an_operator() -> None:
     spaces = [Space(), Space("frame"), Space("local3d", (3, 5)), Space("local3d", (3, 5), 2), WINDOW.space]
     for space in spaces:
@@ -210,7 +252,8 @@ def test_arguments_that_do_not_fit_are_named_with_their_shape() -> None:
     refused("text_valid is .* torch.int32", q, k, v, text_k=case.text_k, text_v=case.text_v,
             text_valid=case.text_valid.int())  # fmt: skip
     refused(r"text_q is \(1, 4, 2, 16\)", q, k, v, text_k=case.text_k, text_v=case.text_v, text_q=case.text_q[:, 1:])
-    refused("no tokens", q[:, :0], k[:, :0], v[:, :0], grid=VideoGrid(3, 0, 3))
+    for scale in (0.0, -1.0, float("inf"), float("nan")):
+        refused("scale is .*, not positive and finite", q, k, v, scale=scale)
     refused("covers 2 frames", q, k, v, mask=MaskSpec(Order.sequential(2), Space()))
 
 

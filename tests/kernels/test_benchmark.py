@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attention_cases import DEVICE
 
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, dense_mask
 
@@ -75,11 +76,37 @@ def test_goals_are_judged_by_the_measured_ratios(attention_benchmark: Any) -> No
     verdicts = {line.split("  ")[0].strip(): line.split()[-1] for line in lines}
     assert verdicts == {
         "sequential full: forward / cuDNN": "reached",
+        "sequential full: backward / cuDNN": "MISSED",
         "sequential full: fast backward / cuDNN": "MISSED",
         "base, own frame: cuDNN / ours": "MISSED",
         "deterministic / fast backward, worst": "reached",
         "extra memory, worst": "MISSED",
     }
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("broken", ["fast q", "frame_k", "text_v"])
+def test_a_wrong_gradient_ends_the_benchmark_before_it_times(
+    attention_benchmark: Any, monkeypatch: pytest.MonkeyPatch, broken: str, sampled: bool
+) -> None:
+    from megacog_kernels.attention import calls
+
+    cases = importlib.import_module("cases")
+    monkeypatch.setattr(cases, "SAMPLED_ABOVE", 20 if sampled else 2500)
+    case = cases.tiny()[0]
+    tensors = cases.Tensors.make(case, DEVICE, torch.float32)
+    assert cases.check(case, tensors) < 1e-5
+    right = calls.run_backward
+
+    def wrong(*arguments: Any) -> Any:
+        got = right(*arguments)
+        if broken != "fast q" or not arguments[-1]:
+            getattr(got, broken.split()[-1]).zero_()
+        return got
+
+    monkeypatch.setattr(calls, "run_backward", wrong)
+    with pytest.raises(SystemExit, match="tiny window: relative error"):
+        cases.check(case, tensors)
 
 
 def test_an_unknown_benchmark_is_refused() -> None:

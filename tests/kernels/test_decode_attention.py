@@ -73,6 +73,37 @@ def test_triton_never_reads_what_a_token_does_not_see() -> None:
     assert error(got[:, 0], wanted) < 1e-5
 
 
+def test_triton_compiles_with_the_model_around_it() -> None:
+    case = make_case(MaskSpec(Order.sequential(2), Space()), VideoGrid(2, 2, 2))
+    tokens = torch.tensor([[5]], dtype=torch.int32, device=DEVICE)
+    compiled = torch.compile(lambda: decode(case, tokens, "triton") * 2, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(), decode(case, tokens, "triton") * 2)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_without_new_tokens_there_is_nothing_to_do(implementation: str) -> None:
+    case = make_case(MaskSpec(Order.sequential(2), Space()), VideoGrid(2, 2, 2))
+    none = torch.zeros(1, 0, dtype=torch.int32, device=DEVICE)
+    assert decode(case, none, implementation).shape == (1, 0, 2, 16)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_one_captured_graph_serves_every_position() -> None:
+    case = make_case(MaskSpec(Order.sequential(2), Space("local3d", (3, 3))), VideoGrid(2, 4, 4))
+    token = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+    q, (k, v) = case.q[:, :1].clone(), buffers(case)
+    arguments = (q, k, v, case.text_valid, token, case.mask, case.grid)
+    decode_attention(*arguments, implementation="triton")  # compiles, and makes the tables
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(*arguments, implementation="triton")
+    for position in (3, 17, 31):
+        token.fill_(position)
+        q.copy_(case.q[:, position : position + 1])
+        graph.replay()
+        assert error(out[:, 0], expected(case).out[:, position]) < 1e-5
+
+
 def test_arguments_that_do_not_fit_are_named() -> None:
     case = make_case(MaskSpec(Order.sequential(2), Space()), VideoGrid(2, 2, 2))
     (k, v), tokens = buffers(case), torch.zeros(1, 8, dtype=torch.int32, device=DEVICE)

@@ -151,7 +151,8 @@ def strided(**named: Tensor) -> dict[str, Any]:
     """Tensors [B, rows, heads, D] and their strides, by the names of the kernels' arguments."""
     arguments: dict[str, Any] = {}
     for name, tensor in named.items():
-        span = tensor.shape[1] * abs(tensor.stride(1))
+        # Expanded dimensions have stride 0.
+        span = sum((size - 1) * abs(step) for size, step in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
         if span >= 2**31:
             raise ValueError(f"{name} {tuple(tensor.shape)} spans {span} elements per sample, the kernels reach 2^31")
         arguments |= {name: tensor, f"{name}_batch": tensor.stride(0), f"{name}_row": tensor.stride(1)}
@@ -208,7 +209,7 @@ def run_backward(
 
     delta = torch.empty_like(lse)
     everything = needed.q and needed.frames and (needed.text or inputs.text_k.shape[1] == 0)
-    added = None if deterministic or not everything else torch.zeros_like(inputs.q, dtype=torch.float32)
+    added = None if deterministic or not everything else inputs.q.new_zeros(inputs.q.shape, dtype=torch.float32)
     grad_q = empty(inputs.q, needed.q and added is None)
     backward_query_call(inputs, out, grad_out, lse, delta, grad_q, chosen.query).run()
     frame_k, frame_v = empty(inputs.frame_k, needed.frames), empty(inputs.frame_v, needed.frames)

@@ -100,7 +100,7 @@ def configurations(head_dim: int, dtype: torch.dtype, dense: bool, capability: i
     """
     if dtype == torch.float32:
         return _FLOAT32
-    if capability < 9:
+    if capability < 9 or capability > 11:  # 12 has neither wgmma nor the shared memory of its namesakes
         return _AMPERE_128 if head_dim == 128 else _AMPERE_64
     if head_dim == 128:
         return _BOTH_128

@@ -10,7 +10,7 @@ N heads, M key heads, D head dim.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from megacog_kernels.launch import Call, Warps
 TILE_Q, TILE_K = 16, 64
 
 
-@lru_cache(maxsize=128)
+@cache
 def _slot_of(mask: MaskSpec, grid: VideoGrid, device: torch.device) -> Tensor:
     """Slot of every frame token among the queries of the plan: int32 [F]."""
     query = tile_plan(mask, grid, TILE_Q, TILE_K).query

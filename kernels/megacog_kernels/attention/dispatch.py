@@ -10,7 +10,6 @@ from megacog_kernels.dispatch import Implementation
 HEAD_DIMS = (16, 32, 64, 128)
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks while it traces
 def choose(implementation: Implementation, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """`triton` or `reference`.
 

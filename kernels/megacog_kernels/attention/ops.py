@@ -79,12 +79,15 @@ def attention(
     if text_valid is None:
         text_valid = torch.ones(text_k.shape[:2], dtype=torch.bool, device=text_k.device)
     _check(q, k, v, mask, grid, text_k, text_v, text_valid, text_q)
+    scale = _scale(scale, q)
     if text_bias and torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v, text_k, text_v)):
         raise ValueError(f"text_bias is {text_bias}, which gives no gradients; call it under torch.no_grad()")
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     text = None
     if text_q is not None:
         text = text_attention(text_q, text_k, text_v, text_valid, scale=scale, implementation=implementation)
+    if grid.tokens == 0:
+        lse = q.new_empty(q.shape[0], q.shape[2], 0, dtype=torch.float32) if return_lse else None
+        return AttentionOutput(q.clone(), text, lse)
     if choose(implementation, q.device, q.dtype, q.shape[-1]) == "reference":
         out, lse = grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, scale, text_bias, return_lse)
         return AttentionOutput(out, text, lse)
@@ -137,7 +140,9 @@ def text_attention(
     B, L, N, D = q.shape
     keys = (B, L, _key_heads(q, k), D)
     _check_shapes(q, k=(k, keys), v=(v, keys), valid=(valid, (B, L)))
-    scale = 1 / math.sqrt(D) if scale is None else scale
+    scale = _scale(scale, q)
+    if L == 0:
+        return q.clone()
     if choose(implementation, q.device, q.dtype, D) == "reference":
         return grouped_text_attention(q, k, v, valid, scale)
     _check_strides(q=q, k=k, v=v)
@@ -162,7 +167,8 @@ def decode_attention(
     """Attention of a few new tokens over static buffers that hold the text, then a slot per frame token.
 
     The new tokens' own keys and values are in the buffers already. Nothing depends on the values of
-    `tokens` on the host, so a call can be captured in a CUDA graph. No gradients.
+    `tokens` on the host, so a call can be captured in a CUDA graph, after one call outside of it with the same
+    mask, grid and shapes. No gradients.
 
     Args:
         q: [B, R, N, D].
@@ -181,13 +187,15 @@ def decode_attention(
         ValueError: An argument does not fit, by name and shape, or Triton cannot run as asked.
     """
     _check_decode(q, k, v, text_valid, tokens, grid, splits)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = _scale(scale, q)
+    if q.numel() == 0:
+        return torch.empty_like(q)
     if choose(implementation, q.device, q.dtype, q.shape[-1]) == "reference":
         return masked_decode(q, k, v, text_valid, tokens, mask, grid, scale, text_bias)
-    from megacog_kernels.attention.decode import decode
-
     _check_strides(q=q, k=k, v=v)
-    return decode(q, k, v, text_valid.contiguous(), tokens, mask, grid, scale, text_bias, splits)
+    code, text_valid = _encode(mask, grid), text_valid.contiguous()
+    out: Tensor = torch.ops.megacog.decode_attend(q, k, v, text_valid, tokens, code, scale, text_bias, splits)
+    return out
 
 
 def _check_decode(
@@ -208,8 +216,6 @@ def _check(
 ) -> None:  # fmt: skip
     if q.dim() != 4:
         raise ValueError(f"q {tuple(q.shape)} is not [B, F, N, D]")
-    if grid.tokens < 1:
-        raise ValueError(f"grid {grid} has no tokens")
     if len(mask.order.level) != grid.frames:
         raise ValueError(f"mask: the order covers {len(mask.order.level)} frames, the grid has {grid.frames}")
     B, F, N, D = q.shape
@@ -222,6 +228,14 @@ def _check(
         q, k=(k, keys), v=(v, keys), text_k=(text_k, text), text_v=(text_v, text), text_valid=(text_valid, (B, L)),
         **queries,
     )  # fmt: skip
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return 1 / math.sqrt(q.shape[-1])
+    if not 0 < scale < math.inf:  # the kernels take the maximum of scores before they scale them
+        raise ValueError(f"scale is {scale}, not positive and finite")
+    return scale
 
 
 def _key_heads(q: Tensor, k: Tensor) -> int:
@@ -277,6 +291,31 @@ def _prepare(
     inputs = Inputs(q, k, v, text_k, text_v, text_valid, mask, grid, scale)
     capability = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
     return inputs, configurations(q.shape[3], q.dtype, bool(code) and is_dense(mask), capability)
+
+
+@torch.library.custom_op("megacog::decode_attend", mutates_args=())
+def _decode_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_valid: Tensor,
+    tokens: Tensor,
+    code: Sequence[int],
+    scale: float,
+    text_bias: float,
+    splits: int,
+) -> Tensor:
+    """[B, R, N, D], contiguous."""
+    from megacog_kernels.attention.decode import decode
+
+    return decode(q, k, v, text_valid, tokens, *_decode(code), scale, text_bias, splits)
+
+
+@_decode_attend.register_fake
+def _(
+    q: Tensor, k: Any, v: Any, text_valid: Any, tokens: Any, code: Any, scale: Any, text_bias: Any, splits: Any
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("megacog::attend", mutates_args=())

@@ -7,7 +7,6 @@ without any key gives zeros.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import numpy as np
@@ -27,6 +26,7 @@ def video_attention(
     text_valid_BL: Tensor,
     mask: MaskSpec,
     grid: VideoGrid,
+    scale: float | None = None,
     text_bias: float = 0.0,
 ) -> Tensor:
     """One softmax of every frame query over the valid text keys and its visible frame keys.
@@ -39,6 +39,7 @@ def video_attention(
         text_valid_BL: bool, False where the text is padding.
         mask: Order and space of `megacog_kernels.grid`.
         grid: The video grid.
+        scale: Factor of the scores; None = 1 / sqrt(D).
         text_bias: Added to the scaled scores of text keys.
 
     Returns:
@@ -52,12 +53,13 @@ def video_attention(
     frames = (grid.frames, grid.cells)
     q_BPND, k_BPND, v_BPND = (rows.unflatten(1, frames).unbind(1) for rows in (q_BFND, k_BFND, v_BFND))
     outputs = []
-    for frame, (keys, allowed_PK) in enumerate(_frame_masks(mask, grid, q_BFND.device)):
+    for frame, (keys, allowed) in enumerate(_frame_masks(mask, grid)):
+        allowed_PK = torch.from_numpy(allowed).to(q_BFND.device)
         k_BKND = torch.cat([text_k_BLND, *(k_BPND[key] for key in keys)], dim=1)
         v_BKND = torch.cat([text_v_BLND, *(v_BPND[key] for key in keys)], dim=1)
         allowed_BPK = _join(text_valid_BL, allowed_PK)
         added_BPK = _favor_text(allowed_BPK, text_k_BLND.shape[1], text_bias, k_BKND)
-        outputs.append(_attend(q_BPND[frame], k_BKND, v_BKND, added_BPK))
+        outputs.append(_attend(q_BPND[frame], k_BKND, v_BKND, added_BPK, scale))
     return torch.cat(outputs, dim=1)
 
 
@@ -72,35 +74,30 @@ def grouped_attention(
     """
     group = q_BFND.shape[2] // k_BFMD.shape[2]
     k, v, text_k, text_v = (_repeat(part, group) for part in (k_BFMD, v_BFMD, text_k_BLMD, text_v_BLMD))
-    q = _rescale(q_BFND, scale)
-    frames = video_attention(q, k, v, text_k, text_v, text_valid_BL, mask, grid, text_bias)
+    frames = video_attention(q_BFND, k, v, text_k, text_v, text_valid_BL, mask, grid, scale, text_bias)
     if not return_lse:
         return frames, None
-    return frames, _log_sum_exp(q, torch.cat([text_k, k], dim=1), text_valid_BL, mask, grid, text_bias)
+    keys = torch.cat([text_k, k], dim=1)
+    return frames, _log_sum_exp(q_BFND, keys, text_valid_BL, mask, grid, scale, text_bias)
 
 
 def grouped_text_attention(q_BLND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, valid_BL: Tensor, scale: float) -> Tensor:
     """Bidirectional attention among the valid text tokens: [B, L, N, D]."""
     group = q_BLND.shape[2] // k_BLMD.shape[2]
-    return _attend(_rescale(q_BLND, scale), _repeat(k_BLMD, group), _repeat(v_BLMD, group), valid_BL[:, None, :])
+    return _attend(q_BLND, _repeat(k_BLMD, group), _repeat(v_BLMD, group), valid_BL[:, None, :], scale)
 
 
 def _repeat(x_BRMD: Tensor, group: int) -> Tensor:
     return x_BRMD if group == 1 else x_BRMD.repeat_interleave(group, dim=2)
 
 
-def _rescale(q_BRND: Tensor, scale: float) -> Tensor:
-    """Queries for functions that scale scores by 1 / sqrt(D) themselves."""
-    factor = scale * q_BRND.shape[3] ** 0.5
-    return q_BRND if math.isclose(factor, 1.0, rel_tol=1e-12) else q_BRND * factor
-
-
 def _log_sum_exp(
-    q_BFND: Tensor, k_BKND: Tensor, text_valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid, text_bias: float
-) -> Tensor:
+    q_BFND: Tensor, k_BKND: Tensor, text_valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid, scale: float,
+    text_bias: float,
+) -> Tensor:  # fmt: skip
     with torch.no_grad():
-        allowed_BFK = _join(text_valid_BL, _dense_mask(mask, grid, q_BFND.device))
-        scores_BNFK = torch.einsum("bfnd,bknd->bnfk", q_BFND.float(), k_BKND.float()) * q_BFND.shape[3] ** -0.5
+        allowed_BFK = _join(text_valid_BL, torch.from_numpy(_dense_mask(mask, grid)).to(q_BFND.device))
+        scores_BNFK = torch.einsum("bfnd,bknd->bnfk", q_BFND.float(), k_BKND.float()) * scale
         scores_BNFK[..., : text_valid_BL.shape[1]] += text_bias
         return scores_BNFK.masked_fill(~allowed_BFK[:, None], float("-inf")).logsumexp(dim=-1)
 
@@ -116,16 +113,18 @@ def masked_decode(
     """
     rows, L, device = tokens_BR.tolist(), text_valid_BL.shape[1], q_BRND.device
     tokens_U = tuple(sorted({token for row in rows for token in row}))
-    slots, seen_UK = _seen(mask, grid, tokens_U, L, device)
+    places, seen = _seen(mask, grid, tokens_U, L)
+    slots = places if isinstance(places, slice) else torch.from_numpy(places).to(device)
     group = q_BRND.shape[2] // k_BSMD.shape[2]
     k_BKND, v_BKND = (_repeat(_read(part, slots), group) for part in (k_BSMD, v_BSMD))
     allowed_BRK = None
-    if seen_UK is not None:
-        allowed_BRK = seen_UK[torch.tensor([[tokens_U.index(token) for token in row] for row in rows], device=device)]
+    if seen is not None:
+        index_BR = [[tokens_U.index(token) for token in row] for row in rows]
+        allowed_BRK = torch.from_numpy(seen[index_BR]).to(device)
     if not text_valid_BL.all():
         text_B1K = F.pad(text_valid_BL, (0, k_BKND.shape[1] - L), value=True)[:, None]
         allowed_BRK = text_B1K if allowed_BRK is None else allowed_BRK & text_B1K
-    return _attend(_rescale(q_BRND, scale), k_BKND, v_BKND, _favor_text(allowed_BRK, L, text_bias, k_BKND))
+    return _attend(q_BRND, k_BKND, v_BKND, _favor_text(allowed_BRK, L, text_bias, k_BKND), scale)
 
 
 def _read(x_BSMD: Tensor, slots: slice | Tensor) -> Tensor:
@@ -137,18 +136,17 @@ def _read(x_BSMD: Tensor, slots: slice | Tensor) -> Tensor:
 
 @lru_cache(maxsize=8192)
 def _seen(
-    mask: MaskSpec, grid: VideoGrid, tokens: tuple[int, ...], text_length: int, device: torch.device
-) -> tuple[slice | Tensor, Tensor | None]:
+    mask: MaskSpec, grid: VideoGrid, tokens: tuple[int, ...], text_length: int
+) -> tuple[slice | np.ndarray, np.ndarray | None]:
     """Slots that any of the tokens sees, the text's first; which each sees: bool [U, K], None = all of them."""
     tokens_K, seen_UK = visible_keys(mask, grid, tokens)
     places = np.concatenate([np.arange(text_length), text_length + tokens_K])
     first, end = int(places[0]), int(places[0]) + len(places)
-    adjoining = bool((places == np.arange(first, end)).all())
-    slots = slice(first, end) if adjoining else torch.from_numpy(places).to(device)
+    slots = slice(first, end) if (places == np.arange(first, end)).all() else places
     if seen_UK.all():
         return slots, None
     text_UL = np.ones((len(tokens), text_length), dtype=bool)
-    return slots, torch.from_numpy(np.hstack([text_UL, seen_UK])).to(device)
+    return slots, np.hstack([text_UL, seen_UK])
 
 
 def _join(text_valid_BL: Tensor, allowed_RK: Tensor) -> Tensor:
@@ -166,27 +164,29 @@ def _favor_text(mask_BRK: Tensor | None, text_length: int, text_bias: float, k_B
     return added_11K if mask_BRK is None else added_11K.masked_fill(~mask_BRK, float("-inf"))
 
 
-def _attend(q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor | None) -> Tensor:
+def _attend(
+    q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor | None, scale: float | None
+) -> Tensor:
     """Masked attention; `allowed_BRK` is bool, or added to the scores."""
     mask = None if allowed_BRK is None else allowed_BRK[:, None]
     out_BNRD = F.scaled_dot_product_attention(
-        q_BRND.transpose(1, 2), k_BKND.transpose(1, 2), v_BKND.transpose(1, 2), attn_mask=mask
+        q_BRND.transpose(1, 2), k_BKND.transpose(1, 2), v_BKND.transpose(1, 2), attn_mask=mask, scale=scale
     )
     return out_BNRD.transpose(1, 2)
 
 
 @lru_cache(maxsize=64)
-def _dense_mask(mask: MaskSpec, grid: VideoGrid, device: torch.device) -> Tensor:
-    return torch.from_numpy(dense_mask(mask, grid).copy()).to(device)
+def _dense_mask(mask: MaskSpec, grid: VideoGrid) -> np.ndarray:
+    return dense_mask(mask, grid).copy()
 
 
 @lru_cache(maxsize=64)
-def _frame_masks(mask: MaskSpec, grid: VideoGrid, device: torch.device) -> list[tuple[list[int], Tensor]]:
+def _frame_masks(mask: MaskSpec, grid: VideoGrid) -> list[tuple[list[int], np.ndarray]]:
     """For every query frame: the frames of which it sees anything, and what of them: bool [P, K]."""
     T, P = grid.frames, grid.cells
     allowed_TPTP = dense_mask(mask, grid).reshape(T, P, T, P)
     masks = []
     for allowed_PTP in allowed_TPTP:
         keys = np.flatnonzero(allowed_PTP.any(axis=(0, 2)))
-        masks.append((keys.tolist(), torch.from_numpy(allowed_PTP[:, keys].reshape(P, -1)).to(device)))
+        masks.append((keys.tolist(), np.ascontiguousarray(allowed_PTP[:, keys].reshape(P, -1))))
     return masks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class Tables:
     """Slots of both sides are rows of memory, so that kernels read no lists of rows."""
 
 
-@lru_cache(maxsize=128)
+@cache  # never forgotten: a captured CUDA graph reads them
 def tables(mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int, device: torch.device) -> Tables:
     """The tables of `tile_plan`, kept for the next call."""
     plan = tile_plan(mask, grid, tile_q, tile_k)

@@ -75,10 +75,18 @@ def sandwich_norm(
     return _run(x, y, weight_a, bias_a, weight_b, bias_b, eps)
 
 
-def _choose(implementation: Implementation, x: Tensor) -> str:
-    width = x.shape[-1]
+def choose_norm(implementation: Implementation, device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """`triton` or `reference` (see `megacog_kernels.dispatch`).
+
+    Raises:
+        ValueError: Triton is asked for and cannot run, or the name is unknown.
+    """
     unfit = f"the kernels know widths up to {MAX_WIDTH}, not {width}" if width > MAX_WIDTH else None
-    return choose("layernorm", implementation, x.device, x.dtype, f"width {width}", unfit)
+    return choose("layernorm", implementation, device, dtype, f"width {width}", unfit)
+
+
+def _choose(implementation: Implementation, x: Tensor) -> str:
+    return choose_norm(implementation, x.device, x.dtype, x.shape[-1])
 
 
 def _check(x: Tensor, y: Tensor | None = None, **vectors: Tensor) -> None:
