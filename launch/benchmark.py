@@ -1,4 +1,4 @@
-"""Measures megacog on this machine: `python launch/benchmark.py {kernels,tiles,fused,cross_entropy,import} [--help]`."""
+"""Measures megacog on this machine: `python launch/benchmark.py NAME [--help]`, the names of BENCHMARKS below."""
 
 from __future__ import annotations
 

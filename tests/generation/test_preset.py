@@ -203,9 +203,9 @@ def test_the_cache_favors_text_as_a_whole_forward_with_a_bias_does(
     favored, plain = replayed(1.4), replayed(0.0)
     L, P, V = model.config.text_length, model.config.cells, model.config.image_vocab_size
 
-    def with_bias(q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor) -> Tensor:
+    def with_bias(q_BRND: Tensor, k_BKND: Tensor, v_BKND: Tensor, allowed_BRK: Tensor, scale: float) -> Tensor:
         """A softmax in the open; rows of frames see the text first, then frames, so R tells them from text rows."""
-        scores = torch.einsum("brnd,bknd->bnrk", q_BRND, k_BKND) / q_BRND.shape[-1] ** 0.5
+        scores = torch.einsum("brnd,bknd->bnrk", q_BRND, k_BKND) * scale
         if k_BKND.shape[1] > L:
             scores[..., :L] += 1.4
         weights = scores.masked_fill(~allowed_BRK[:, None], float("-inf")).softmax(-1)
