@@ -16,18 +16,15 @@ peak beyond q, k, v, output and gradients, in percent of these. At the end stand
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import torch
 from cases import Case, Tensors, cases, check, forward, tiny
+from program import options, write_rows
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -226,14 +223,7 @@ def goals(rows: list[dict], matmul: float) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--only", default="", help="part of a case's name")
-    parser.add_argument("--check", action="store_true", help="check results, time nothing")
-    parser.add_argument("--tiny", action="store_true", help="check small cases, also on CPUs (TRITON_INTERPRET=1)")
-    args = parser.parse_args()
-    if not args.tiny and not torch.cuda.is_available():
-        sys.exit("error: no CUDA device; --tiny with TRITON_INTERPRET=1 runs the checks on a CPU")
+    args = options(__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows: list[dict] = []
@@ -246,14 +236,12 @@ def main() -> None:
             tensors = Tensors.make(case, device, dtype)
             print(f"{case.name}: relative error {check(case, tensors):.1e}", flush=True)
             rows += measure(case, tensors) if not (args.check or args.tiny) else []
-            if args.json:  # after every case: a later one may fail
-                args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            write_rows(args.json, rows)  # after every case: a later one may fail
     if rows:
         rate = matmul_rate()
         print(f"8192^3 matmul: {rate:.0f} TFLOP/s\n\n" + "\n".join(goals(rows, rate)))
         rows.append({"matmul_tflops": rate})
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,13 @@ sum of the rows' losses, forward and backward; times are medians in ms, peak is 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from program import options, write_rows
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -171,24 +169,17 @@ def line(row: dict, rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--check", action="store_true", help="check results, time nothing")
-    parser.add_argument("--tiny", action="store_true", help="check small cases, also on CPUs (TRITON_INTERPRET=1)")
-    args = parser.parse_args()
-    if not args.tiny and not torch.cuda.is_available():
-        sys.exit("error: no CUDA device; --tiny with TRITON_INTERPRET=1 runs the checks on a CPU")
+    args = options(__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     if device == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16")
         print(f"{'case':14s} {'implementation':16s} {'fwd+bwd':>9s} {'peak MiB':>9s}  this/megacog")
-    for case in TINY if args.tiny else CASES:
+    for case in [case for case in (TINY if args.tiny else CASES) if args.only in case.name]:
         tensors = Tensors.make(case, device, torch.bfloat16)
         print(f"{case.name}: relative error {check(case, tensors):.1e}", flush=True)
         rows += measure(case, tensors) if not (args.check or args.tiny) else []
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,14 @@ that over the rate of a copy of one of the tensors in the same run.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from program import options, write_rows
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -222,14 +220,7 @@ def copy_rate(setting: Setting) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--only", default="", help="part of a case's name")
-    parser.add_argument("--check", action="store_true", help="check results, time nothing")
-    parser.add_argument("--tiny", action="store_true", help="check small cases, also on CPUs (TRITON_INTERPRET=1)")
-    args = parser.parse_args()
-    if not args.tiny and not torch.cuda.is_available():
-        sys.exit("error: no CUDA device; --tiny with TRITON_INTERPRET=1 runs the checks on a CPU")
+    args = options(__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -246,8 +237,7 @@ def main() -> None:
         if case.ours is not None:
             print(f"{case.name}: relative error {check(case):.1e}", flush=True)
         rows += measure(case, rate) if timed else []
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

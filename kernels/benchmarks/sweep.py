@@ -9,15 +9,13 @@ out of shared memory are left out.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from itertools import product
-from pathlib import Path
 
 import torch
 from cases import Case, Tensors, cases, relative
+from program import options, write_rows
 from torch import Tensor
 
 from megacog_kernels.attention.calls import Inputs, backward_key_call, backward_query_call, forward_call
@@ -109,18 +107,12 @@ def _time(make: Callable[[Configuration], tuple], cut: Configuration, wanted: Te
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--only", default="", help="part of a case's name")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("error: no CUDA device, and only times matter here")
+    args = options(__doc__, checks=False)
     rows: list[dict] = []
     for case in cases():
         if args.only in case.name:
             rows += measure(case, Tensors.make(case, "cuda", torch.bfloat16))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":
