@@ -194,12 +194,20 @@ class ClipGenerator:
         spans_of: dict[Stage, Sequence[float | None]] = {
             "base": [None], "sequential": [key_span], "interpolation": spans
         }  # fmt: skip
-        length = self.model.config.text_length
         for stage, stage_spans in spans_of.items():
             caption = self.settings.caption(request.text, stage)
-            self.text.pad([self.text.encode(caption, span, self.num_frames) for span in stage_spans], length)
+            ids = [self.text.encode(caption, span, self.num_frames) for span in stage_spans]
+            self.text.pad(ids, self._text_length(ids))
             if self.settings.guidance_of(stage) != 1.0:
-                self.text.require_null_fits(stage_spans, self.num_frames, length)
+                null_ids = [self.text.encode_null(span, self.num_frames) for span in stage_spans]
+                self.text.require_null_fits(stage_spans, self.num_frames, self._text_length(null_ids))
+
+    def _text_length(self, ids: Sequence[Sequence[int]]) -> int:
+        """What texts are padded to. Inherited models take longer ones than they were trained on, up to the table."""
+        config = self.model.config
+        if self.text.settings.trained_length is None:
+            return config.text_length
+        return max(config.text_length, min(max(map(len, ids), default=0), config.text_positions))
 
     def generate(self, requests: Sequence[ClipRequest]) -> Iterator[ClipChunk]:
         """Chunks of finished frames, `settings.batch_size` clips at a time, in constant memory."""
@@ -232,14 +240,13 @@ class ClipGenerator:
         return torch.cat(parts)
 
     def _sample_batch(self, stage: Stage, rows: Sequence[_Row]) -> Tensor:
-        length = self.model.config.text_length
         guidance = self.settings.guidance_of(stage)
         captions = [self.settings.caption(row.clip.request.text, stage) for row in rows]
         ids = [self.text.encode(text, row.span, self.num_frames) for text, row in zip(captions, rows, strict=True)]
+        null_ids = [self.text.encode_null(row.span, self.num_frames) for row in rows]
+        length = self._text_length([*ids, *null_ids])
         text_BL, valid_BL = self.text.pad(ids, length)
-        null_text = None
-        if guidance != 1.0:
-            null_text = self.text.pad([self.text.encode_null(row.span, self.num_frames) for row in rows], length)
+        null_text = self.text.pad(null_ids, length) if guidance != 1.0 else None
         known = {frame: torch.stack([row.known[frame] for row in rows]) for frame in rows[0].known}
         return generate_frames(
             self.model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,7 +145,12 @@ def _parity(options: argparse.Namespace) -> int:
     failed = [row.name for row in rows if not row.relative <= options.tolerance]
     facts = {"seconds": round(time.monotonic() - start, 1), "peak_memory_gib": round(memory_gib(), 2)}
     if options.json:
-        tensors = {row.name: {"max_abs": row.max_abs, "relative": row.relative} for row in rows}
+        # JSON has no NaN.
+        values = {row.name: {"max_abs": row.max_abs, "relative": row.relative} for row in rows}
+        tensors = {
+            name: {key: number if math.isfinite(number) else None for key, number in row.items()}
+            for name, row in values.items()
+        }
         print(json.dumps({
             "file": str(options.tensors), "stage": file.stage, "tolerance": options.tolerance, "passed": not failed,
             "tensors": tensors, **facts,

@@ -51,9 +51,11 @@ def export_sat(export: Export, out: Path, stage: Stage, ranks: int, iteration: i
         iteration: Number of the inner folder.
 
     Raises:
-        ConfigError: The ranks do not divide the model.
+        ConfigError: The ranks do not divide the model, or the iteration is negative.
         EnvError: `out` exists, or there is too little space.
     """
+    if iteration < 0:
+        raise ConfigError(f"--iteration {iteration} must not be negative")
     require_ranks(export.model, ranks)
     entries = original_entries(export.model, stage)
     # Tensors lie twice on the disk while a rank's file is written.

@@ -114,7 +114,8 @@ def plus_mask(model: ModelConfig, stage: Stage, layer: int, frames: int) -> Tens
     if space.kind == "shifted_window":
         width = model.grid[1]
         for window, place_F in zip(space.window, (cell_F // width, cell_F % width), strict=True):
-            block_F = (place_F + (window // 2 if layer % 2 else 0)) // window
+            # The frame is rolled back by half a window; what that wraps around is a block of its own.
+            block_F = (place_F - (window // 2 if layer % 2 else 0)) // window
             seen_FF = seen_FF & (block_F[:, None] == block_F[None, :])
     elif space.kind != "full":
         raise ValueError(f"the original has no {space.kind} attention")

@@ -73,6 +73,11 @@ def self_parity(export: Export, stage: Stage, weight: Weight) -> Difference:
         inputs.text_BL - model.image_vocab_size, inputs.valid_BL, inputs.frames_BTP, stage
     )
     found = difference(f"logits of {stage}", ours, theirs)
+    if not theirs.isfinite().all():
+        raise CheckpointError(
+            f"the {stage} weights of the source compute logits that are not finite: some of them are NaN or far too "
+            "large. Copy the files again; the export was not written"
+        )
     if not found.relative <= TOLERANCE:
         raise CheckpointError(
             f"the imported {stage} weights compute other logits than the source's, step by step: relative difference "

@@ -25,7 +25,7 @@ START_OF_IMAGE = 150_000
 """icetk's id of `<start_of_image>`."""
 _COMPARED = (
     "num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length", "window_size",
-    "additional_seqlen",
+    "additional_seqlen", "layernorm_order", "inner_hidden_size", "hidden_size_per_attention_head",
 )  # fmt: skip
 _OURS = "megacog"
 """Key of files that megacog writes: the model section, whole."""
@@ -124,8 +124,14 @@ def settings_of(model: ModelConfig, stage: Stage, ranks: int) -> dict[str, Any]:
 def disagreements(settings: Mapping[str, Any], model: ModelConfig, stage: Stage) -> list[str]:
     """A line for each thing that a model_config.json says otherwise than `model`."""
     expected = settings_of(model, stage, 1)
-    keys = [key for key in _COMPARED if key in settings and key in expected]
-    return [f"{key} is {settings[key]!r}, not {expected[key]!r}" for key in keys if settings[key] != expected[key]]
+    keys = [key for key in _COMPARED if settings.get(key) is not None and key in expected]
+    found = [f"{key} is {settings[key]!r}, not {expected[key]!r}" for key in keys if settings[key] != expected[key]]
+    if settings.get("layout") is not None and "layout" in expected:
+        # The text may be longer; frames may not.
+        theirs, ours = _ends(settings["layout"]), _ends(expected["layout"])
+        if [end - theirs[0] for end in theirs] != [end - ours[0] for end in ours]:
+            found.append(f"layout is {settings['layout']!r}, not {expected['layout']!r}")
+    return found
 
 
 def window_space(window: int) -> SpaceConfig:
@@ -139,9 +145,8 @@ def _space(window: Any) -> dict[str, Any]:
 
 def _layout(layout: Any, path: Path) -> dict[str, Any]:
     """Text length, grid and frames of `text, text + one frame, text + all frames`."""
-    parts = layout.split(",") if isinstance(layout, str) else layout
     try:
-        text, one, all_ = (int(part) for part in parts)
+        text, one, all_ = _ends(layout)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path / FILE}: layout is {layout!r}, expected numbers like 64,464,2064") from error
     cells = one - text
@@ -149,6 +154,10 @@ def _layout(layout: Any, path: Path) -> dict[str, Any]:
     if side < 1 or side * side != cells or (all_ - text) % cells:
         raise CheckpointError(f"{path / FILE}: layout {layout!r} is not a text and whole square frames; give --config")
     return {"text_length": text, "grid": (side, side), "num_frames": (all_ - text) // cells}
+
+
+def _ends(layout: Any) -> list[int]:
+    return [int(part) for part in (layout.split(",") if isinstance(layout, str) else layout)]
 
 
 def _number(settings: Mapping[str, Any], key: str, path: Path) -> int:

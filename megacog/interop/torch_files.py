@@ -38,6 +38,7 @@ _ARCHIVES = {b"\x1f\x8b": "gzip", b"7z\xbc\xaf\x27\x1c": "7z", b"BZh": "bzip2", 
 _HEAD_BYTES = 1024
 _LISTED = 8  # names in a message
 _REFUSED = re.compile(r"GLOBAL (\S+)")
+_FOREIGN = re.compile("Can only build|allowlist|Unsupported operand", re.IGNORECASE)
 _UNPICKLER = re.compile(r"WeightsUnpickler error:\s*(.+)")
 logger = get_logger(__name__)
 
@@ -83,9 +84,8 @@ def require_tensors(path: Path, found: Mapping[str, object], expected: Mapping[s
     missing = [name for name in expected if name not in found]
     if missing:
         unused = sorted(set(found) - set(expected))
-        lines = [_missing(name, unused) for name in missing[:_LISTED]]
-        more = f", and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
-        raise CheckpointError(f"{path} lacks {len(missing)} of {len(expected)} tensors: {', '.join(lines)}{more}.")
+        lines = ", ".join(_missing(name, unused) for name in missing)
+        raise CheckpointError(f"{path} lacks {len(missing)} of {len(expected)} tensors: {lines}.")
     wrong = []
     for name, shape in expected.items():
         tensor = found[name]
@@ -94,8 +94,7 @@ def require_tensors(path: Path, found: Mapping[str, object], expected: Mapping[s
         elif list(tensor.shape) != list(shape):
             wrong.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
     if wrong:
-        more = f", and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
-        raise CheckpointError(f"{path}: {len(wrong)} tensor(s) do not fit: {', '.join(wrong[:_LISTED])}{more}.")
+        raise CheckpointError(f"{path}: {len(wrong)} tensor(s) do not fit: {', '.join(wrong)}.")
 
 
 def require_no_stand_in(path: Path, what: str) -> bytes:
@@ -178,11 +177,20 @@ def _reason(path: Path, error: Exception) -> str:
             "alone in a process of your own: torch.save({'module': torch.load(path, weights_only=False)['module']}, "
             "new)."
         )
+    if _FOREIGN.search(text):
+        return (
+            f"{path} holds something other than tensors, plain containers and arrays of numbers, which megacog refuses "
+            f"({_line(text, error)}): objects in it could run code. Where you trust the file, save its tensors alone."
+        )
     if isinstance(error, MemoryError):
         return f"{path}: not enough memory to open it."
+    why = _line(text, error)
+    return f"{path} is truncated or damaged ({why}). Download it again and compare the size with the source."
+
+
+def _line(text: str, error: Exception) -> str:
     unpickler = _UNPICKLER.search(text)
-    line = unpickler[1] if unpickler else next(iter(text.splitlines()), type(error).__name__)
-    return f"{path} is truncated or damaged ({line}). Download it again and compare the size with the source."
+    return unpickler[1] if unpickler else next(iter(text.splitlines()), type(error).__name__)
 
 
 def _missing(name: str, unused: Sequence[str]) -> str:

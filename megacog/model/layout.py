@@ -42,10 +42,11 @@ class StageLayout:
 
 
 def layer_space(space: SpaceConfig, layer: int) -> Space:
-    """The kernels' space of one layer."""
+    """The kernels' space of one layer: windows of odd layers begin at half a window, rounded down."""
     shift = (0, 0)
     if space.kind == "shifted_window" and layer % 2 and space.window:
-        shift = (space.window[0] // 2, space.window[1] // 2)
+        height, width = space.window
+        shift = (height - height // 2, width - width // 2)
     return Space(space.kind, space.window, space.frames, shift)
 
 

@@ -218,6 +218,19 @@ def test_prompts_that_the_model_cannot_read_are_refused_before_sampling(export_p
         made.check(ClipRequest("the digit 3 moves right " * 9, 4.0, 1))
 
 
+def test_texts_longer_than_inherited_weights_were_trained_on_go_up_to_the_table(export_path: Path) -> None:
+    made = generator(export_path, levels=0)
+    long = ClipRequest("the digit 3 moves right " * 2, 4.0, 1)
+    made.model.config = made.model.config.model_copy(update={"text_length": 10})
+    with pytest.raises(DataError, match="more than the 10 that the model reads"):
+        made.check(long)
+    made.text.settings = replace(made.text.settings, trained_length=10)
+    made.check(long)
+    assert sum(len(chunk.frames_THWC) for chunk in made.generate([long])) == 5
+    with pytest.raises(DataError, match="more than the 20 that the model reads"):
+        made.check(ClipRequest("the digit 3 moves right " * 9, 4.0, 1))
+
+
 def test_a_null_text_that_does_not_fit_is_found_before_sampling(export_path: Path) -> None:
     guided, plain = generator(export_path, interpolation_guidance=2.0), generator(export_path)
     for made in (guided, plain):

@@ -17,7 +17,10 @@ from megacog.config.schema import PlusStage
 from megacog.errors import CheckpointError, DataError
 from megacog.interop import main as convert
 from megacog.interop.plain import Inputs, plain_logits, plain_loss
+from megacog.interop.plain import plus_mask as plain_mask
+from megacog.model.layout import layer_space
 from megacog.runtime.tensor_files import save_tensors
+from megacog_kernels.grid import MaskSpec, Order, VideoGrid, dense_mask
 
 ORIGINAL = Path(__file__).parents[1] / "parity" / "sequential_full.safetensors"
 CASES: dict[str, tuple[PlusStage, int, dict[str, Any], tuple[int, ...]]] = {
@@ -45,6 +48,24 @@ def assert_close(report: dict[str, Any]) -> None:
     assert report["passed"] and len(report["tensors"]) == 6
     for name, row in report["tensors"].items():
         assert row["relative"] <= (1e-5 if name == "out.image_loss" else 1e-4), name
+
+
+@pytest.mark.parametrize(("window", "side"), [(3, 12), (5, 10), (10, 20)])
+def test_windows_are_those_of_a_rolled_and_partitioned_frame(window: int, side: int) -> None:
+    """As a Swin layer makes them: roll, cut into windows, and keep what wrapped around apart."""
+    model = parity_model(window, "interpolation", grid=(side, side), base_positions=1000, plus_positions=1600)
+    roll = window // 2
+    rolled = (torch.arange(side) - roll) % side
+    wrapped = torch.arange(side) < roll
+    block = rolled // window * 2 + wrapped
+    same = (block[:, None] == block[None]).flatten()
+    both = (same[:, None] & same[None]).view(side, side, side, side).permute(0, 2, 1, 3).reshape(side**2, side**2)
+    grid = VideoGrid(1, side, side)
+    space = layer_space(model.attention.interpolation, 1)
+    ours = dense_mask(MaskSpec(Order((0,), (True,)), space), grid)
+    assert torch.equal(torch.from_numpy(ours.copy()), both)
+    assert torch.equal(plain_mask(model, "interpolation", 1, 1) > 0, both)
+
 
 
 def test_our_model_computes_what_the_original_computed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -259,6 +259,8 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path, export: Path) -> Non
         run("export-sat", export, "--out", out)
     with pytest.raises(ConfigError, match="3 ranks do not divide 40 vocabulary rows and 4 heads.*possible: 1, 2, 4"):
         run("export-sat", export, "--out", out, "--stage", "base", "--ranks", 3)
+    with pytest.raises(ConfigError, match="--iteration -5 must not be negative"):
+        run("export-sat", export, "--out", out, "--stage", "base", "--iteration=-5")
     assert not out.exists()
     out.mkdir()
     (out / "mine").touch()
@@ -356,6 +358,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "latest says another": (lambda folder: (folder / "latest").write_text("9"), "there is no folder .*9"),
     "other heads": (changed_settings(num_attention_heads=8), "num_attention_heads is 8, not 4"),
     "another window": (changed_settings(window_size=10), "window_size is 10, not -1"),
+    "another inner width": (changed_settings(inner_hidden_size=7), "inner_hidden_size is 7, not 96"),
+    "another norm": (changed_settings(layernorm_order="post"), "layernorm_order is 'post', not 'sandwich'"),
+    "another grid": (changed_settings(layout="6,31,131"), "layout is '6,31,131', not"),
+    "weights that are NaN": (
+        changed_weights(lambda module: module[KEY].fill_(float("nan"))), "not finite: some of them are NaN",
+    ),
     "another stage": (changed_settings(cogvideo_stage=3), "cogvideo_stage is 3, expected 1 or 2"),
     "settings are no JSON": (lambda folder: (folder / "model_config.json").write_text("{"), "cannot be read"),
 }  # fmt: skip

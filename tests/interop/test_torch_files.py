@@ -7,6 +7,7 @@ import random
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,13 @@ def test_code_in_a_file_is_refused_by_name_and_not_run(path: Path, allow: tuple[
     said = message(path, allow=allow)
     assert re.search(r"posix.system|os.system", said) and "refuses" in said
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("dtype", [object, "U3"])
+def test_arrays_of_anything_but_numbers_are_refused_not_called_damage(path: Path, dtype: Any) -> None:
+    save({"module": WEIGHTS, "extra": np.array(["a", "b"], dtype=dtype)}, path)
+    said = message(path, allow=NUMPY_ARRAYS)
+    assert "refuses" in said and "damaged" not in said
 
 
 def test_objects_of_other_classes_are_refused_by_name(path: Path) -> None:
