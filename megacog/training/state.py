@@ -29,8 +29,6 @@ from megacog.training.engine import Engine
 
 log = get_logger(__name__)
 
-_FREE_MODEL_KEYS = ("inherit", "plus_from", "plus_dense")
-"""Model keys that matter only when a run starts."""
 _FIXED_TRAIN_KEYS = ("stage", "precision", "seed", "global_batch_size")
 _FP32_BYTES = 4
 _QUIET_SECTIONS = ("samples", "metrics", "generation", "checkpoint")
@@ -106,9 +104,9 @@ def check_same_run(saved: Mapping[str, Any], config: Config, path: Path) -> None
     for key, (before, now) in _leaf_differences(saved, config.model_dump(mode="json")).items():
         section, _, rest = key.partition(".")
         top = rest.split(".")[0]
-        fixed = (section == "model" and top not in _FREE_MODEL_KEYS) or (
-            section == "train" and top in _FIXED_TRAIN_KEYS
-        )
+        fixed = section == "model" or (section == "train" and top in _FIXED_TRAIN_KEYS)
+        if key == "model.inherit":
+            fixed = _another_export(before, now)
         text = f"{key} was {before!r} and is {now!r}"
         if fixed:
             fatal.append(text)
@@ -121,6 +119,12 @@ def check_same_run(saved: Mapping[str, Any], config: Config, path: Path) -> None
         )
     for text in changed:
         log.warning("settings changed since the checkpoint: %s", text)
+
+
+def _another_export(before: Any, now: Any) -> bool:
+    """Whether a run would start from something else; a resumed one does not read it, so it may have moved or gone."""
+    paths = [Path(str(path)) for path in (before, now)]
+    return all(path.exists() for path in paths) and not paths[0].samefile(paths[1])
 
 
 def _leaf_differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
