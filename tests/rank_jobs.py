@@ -10,7 +10,7 @@ import dataclasses
 import errno
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,21 @@ def resumes_bitwise(config: Config, groups: ProcessGroups) -> dict[str, bool]:
     return {"losses": actual == expected, "states": same_states(first, second)}
 
 
+class Inherited:
+    """The base that small engines start from, whole, as an export would hand it out."""
+
+    def __init__(self, config: Config) -> None:
+        model = CogVideo(config.model)
+        initialize_base(model, seed=1)
+        self._tensors = dict(model.to(DTYPES[config.train.precision]).named_parameters())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach()
+
+    def tensor_bytes(self, names: Sequence[str]) -> dict[str, int]:
+        return {name: self._tensors[name].nbytes for name in names}
+
+
 def start(config: Config, groups: ProcessGroups, checkpoint: Any) -> tuple[Engine, RunState]:
     """An engine with its state: fresh, or from a checkpoint (found) into a model full of NaN."""
     model = CogVideo(config.model, ("sequential",), groups.tensor)
@@ -84,7 +99,8 @@ def start(config: Config, groups: ProcessGroups, checkpoint: Any) -> tuple[Engin
             parameter.data.fill_(float("nan"))
         resumed = load_checkpoint(Path(config.train.run_dir), *checkpoint, config, model)
     engine = build_engine(config, model, groups, GLOBAL_BATCH // (MICRO_BATCH * groups.data_size))
-    state = RunState(config, engine, groups, shapes, {}, {}, (None, []))
+    inherited: Any = Inherited(config)
+    state = RunState(config, engine, groups, shapes, {}, {}, (inherited, []))
     if resumed is not None:
         assert state.restore(resumed, example_inputs(config, torch.device("cpu"))) == STEPS
     return engine, state

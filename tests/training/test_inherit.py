@@ -121,7 +121,7 @@ def test_a_bf16_run_keeps_the_inherited_fp16_base_bitwise_and_tells_everything_i
     with caplog.at_level(logging.INFO, logger="megacog"):
         with pytest.raises(CheckpointError, match="belongs to another run: model.inherit was .*"):
             pretrain.main(["--config", config, f"model.inherit={tmp_path}"])
-        with pytest.raises(CheckpointError, match="belongs to another run: model.plus_dense was 'copy' and is 'random'"):
+        with pytest.raises(CheckpointError, match="another run: model.plus_dense was 'copy' and is 'random'"):
             pretrain.main(["--config", config, "model.plus_dense=random"])
         assert pretrain.main(["--config", config, "model.inherit=gone"]) == 0
     assert digest[:16] in caplog.text
