@@ -57,7 +57,8 @@ _VERIFY = """Check sizes and checksums of all files of an export, and that its t
 def _add_import(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="DIR", help="checkpoint folders; each holds `latest`")
-    add("--out", type=Path, required=True, metavar="EXPORT", help="folder to write; an older export is replaced")
+    add("--out", type=Path, required=True, metavar="EXPORT", help="folder to write")
+    add("--force", action="store_true", help="replace an older export")
     add("--config", type=Path, metavar="FILE", help="configuration of the export, where model_config.json is missing")
     add("--set", action="append", default=[], metavar="key=value", help="override a key of --config; repeatable")
     add("--stages", nargs="+", default=[], choices=_STAGES, help="what each DIR holds, where it does not say")
@@ -92,7 +93,7 @@ def _import_sat(options: argparse.Namespace) -> int:
         options.folders, options.out,
         ImportOptions(
             options.config, tuple(options.set), tuple(options.stages), options.base_from, options.text_tokenizer,
-            options.frame_tokenizer,
+            options.frame_tokenizer, options.force,
         ),
     )  # fmt: skip
     print("\n".join(_report(imported, options.out)))

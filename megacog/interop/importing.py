@@ -23,7 +23,7 @@ from megacog.interop.parity import Difference
 from megacog.interop.sat import SatTensors, find_checkpoint, same_bits
 from megacog.interop.self_parity import self_parity
 from megacog.interop.settings import FILE, disagreements, model_of, stage_of
-from megacog.runtime.files import atomic_directory, require_replaceable, require_space
+from megacog.runtime.files import atomic_directory, require_place, require_space
 from megacog.runtime.log import get_logger
 from megacog.runtime.tensor_files import Deferred
 
@@ -53,6 +53,8 @@ class ImportOptions:
     """The folder whose base is taken when they differ; None = an error then."""
     text_tokenizer: Path | None = None
     frame_tokenizer: Path | None = None
+    force: bool = False
+    """Replace an older export."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,17 @@ def import_sat(folders: Sequence[Path], out: Path, options: ImportOptions) -> Im
     Raises:
         CheckpointError: A folder or file is not what it should be, bases differ, or logits do.
         ConfigError: The configuration does not fit.
+        DataError: `out` is there already, and not `options.force`.
         EnvError: There is too little disk space, or `out` is something else.
     """
-    require_replaceable(out, KIND)
+    require_place(out, KIND, options.force)
     sources, config = _open(folders, options)
     base = _choose_base(sources, options.base_from)
     tensors = _tensors(base, sources)
     size = sum(tensor.nbytes for tensor in tensors.values())
     require_space(out, size)
     start = time.monotonic()
-    with atomic_directory(out, KIND) as folder:
+    with atomic_directory(out, KIND if options.force else None) as folder:
         write_export(folder, config, tensors, options.text_tokenizer, options.frame_tokenizer)
         seconds = time.monotonic() - start
         _logger.info("written: %.2f GB in %.0f s; comparing logits with the source's", size / 1e9, seconds)

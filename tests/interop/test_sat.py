@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megacog.checkpoint.export import load_model, open_export
 from megacog.config.schema import ModelConfig, Stage
-from megacog.errors import CheckpointError, ConfigError, EnvError
+from megacog.errors import CheckpointError, ConfigError, DataError, EnvError
 from megacog.interop import importing
 from megacog.interop import main as convert
 from megacog.interop.keys import original_entries
@@ -194,12 +194,22 @@ def test_an_import_whose_logits_differ_is_not_kept(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "sat"]
 
 
-def test_an_older_export_is_replaced_and_nothing_else_is(tmp_path: Path, config: Path) -> None:
-    folder = write_sat(tmp_path / "sat", sat_model(), "sequential")
-    for _ in range(2):
-        assert run("import-sat", folder, "--out", tmp_path / "export", "--config", config) == 0
-    with pytest.raises(EnvError, match="something else"):
-        run("import-sat", folder, "--out", folder, "--config", config)
+def test_an_older_export_is_replaced_only_when_asked_and_nothing_else_is(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = write_sat(tmp_path / "one", sat_model(), "sequential")
+    other = write_sat(tmp_path / "other", sat_model(), "interpolation")
+    arguments = ("--out", tmp_path / "export", "--config", config)
+    assert run("import-sat", one, *arguments) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "find_checkpoint", lambda path: pytest.fail("weights are opened before --out"))
+        with pytest.raises(DataError, match="export exists already; .*--force"):
+            run("import-sat", other, *arguments)
+        with pytest.raises(EnvError, match="something else"):
+            run("import-sat", one, "--out", one, "--config", config, "--force")
+    assert open_export(tmp_path / "export", verify=True).plus == ("sequential",)
+    assert run("import-sat", other, *arguments, "--force") == 0
+    assert open_export(tmp_path / "export", verify=True).plus == ("interpolation",)
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------
