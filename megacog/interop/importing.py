@@ -23,6 +23,7 @@ from megacog.interop.parity import Difference
 from megacog.interop.sat import SatTensors, find_checkpoint, same_bits
 from megacog.interop.self_parity import self_parity
 from megacog.interop.settings import FILE, disagreements, model_of, stage_of
+from megacog.interop.tokenizers import GivenTokenizers
 from megacog.runtime.files import atomic_directory, require_place, require_space
 from megacog.runtime.log import get_logger
 from megacog.runtime.tensor_files import Deferred
@@ -89,12 +90,13 @@ def import_sat(folders: Sequence[Path], out: Path, options: ImportOptions) -> Im
 
     Raises:
         CheckpointError: A folder or file is not what it should be, bases differ, or logits do.
-        ConfigError: The configuration does not fit.
-        DataError: `out` is there already, and not `options.force`.
+        ConfigError: The configuration or a tokenizer does not fit.
+        DataError: `out` is there already, and not `options.force`; or a tokenizer cannot be read.
         EnvError: There is too little disk space, or `out` is something else.
     """
     require_place(out, KIND, options.force)
-    sources, config = _open(folders, options)
+    tokenizers = GivenTokenizers(options.text_tokenizer, options.frame_tokenizer)
+    sources, config = _open(folders, options, tokenizers)
     base = _choose_base(sources, options.base_from)
     tensors = _tensors(base, sources)
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -113,7 +115,7 @@ def import_sat(folders: Sequence[Path], out: Path, options: ImportOptions) -> Im
     return Imported(stages, len(tensors), numel, size, tuple(dtypes), seconds, tuple(parity))
 
 
-def _open(folders: Sequence[Path], options: ImportOptions) -> tuple[list[Source], Config]:
+def _open(folders: Sequence[Path], options: ImportOptions, tokenizers: GivenTokenizers) -> tuple[list[Source], Config]:
     if options.stages and len(options.stages) != len(folders):
         raise ConfigError(f"--stages names {len(options.stages)} stages for {len(folders)} folders; name one for each")
     given = load_config(options.config, options.overrides) if options.config else None
@@ -127,6 +129,8 @@ def _open(folders: Sequence[Path], options: ImportOptions) -> tuple[list[Source]
     config = _config(opened, stages, given, options)
     if config.model.boi_id is None:
         raise ConfigError("model.boi_id is not set; give the id of the start-of-image piece (icetk: 130000)")
+    if problems := tokenizers.problems(config.model):
+        raise ConfigError("the tokenizers do not fit the model: " + "; ".join(problems))
     sources = []
     for tensors, stage in zip(opened, stages, strict=True):
         entries = original_entries(config.model, stage)

@@ -125,14 +125,10 @@ def test_model_config_json_suffices_for_icetk_vocabularies(tmp_path: Path) -> No
         text_positions=512, base_positions=1024,
     )  # fmt: skip
     folders = [write_sat(tmp_path / stage, model, stage) for stage in BOTH]
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    (tokenizer / "text.json").write_text("{}")
     out = tmp_path / "export"
-    assert run("import-sat", *folders, "--out", out, "--text-tokenizer", tokenizer) == 0
+    assert run("import-sat", *folders, "--out", out) == 0
     export = open_export(out, verify=True)
-    assert export.model == model
-    assert (export.text_tokenizer / "text.json").is_file() and export.tokenizers == ("text_tokenizer",)
+    assert export.model == model and export.tokenizers == ()
     with pytest.raises(CheckpointError, match="holds no frame tokenizer.*--frame-tokenizer"):
         _ = export.frame_tokenizer
 
