@@ -125,7 +125,9 @@ def _open(folders: Sequence[Path], options: ImportOptions, tokenizers: GivenToke
     twice = [stage for stage in _STAGES if stages.count(stage) > 1]
     if twice:
         names = ", ".join(str(path) for path, stage in zip(folders, stages, strict=True) if stage == twice[0])
-        raise CheckpointError(f"{names} all hold the {twice[0]} stage; give one of them, or tell them by --stages")
+        raise CheckpointError(
+            f"{names} all hold the {twice[0]} stage; give one of them, or tell them by --stages where no {FILE} does"
+        )
     config = _config(opened, stages, given, options)
     if config.model.boi_id is None:
         raise ConfigError("model.boi_id is not set; give the id of the start-of-image piece (icetk: 130000)")
@@ -144,9 +146,14 @@ def _stage(tensors: SatTensors, named: Stage | None, config: Config | None) -> S
         if named not in (None, "base"):
             raise CheckpointError(f"{tensors.path} holds a base and no attention-plus, so it is not stage {named}")
         return "base"
-    if named is not None:
-        return named
     said = stage_of(tensors.folder.settings or {}, tensors.path)
+    if named is not None:
+        if said not in (None, named):
+            raise ConfigError(
+                f"--stages says that {tensors.path} is {named}, its {FILE} says {said} (cogvideo_stage); name the "
+                "folders and stages in the same order, or leave --stages out"
+            )
+        return named
     if said is None and config is not None and config.train.stage != "base":
         return config.train.stage
     if said is None:

@@ -146,6 +146,15 @@ def test_the_stage_is_asked_for_when_nothing_says_it(tmp_path: Path, config: Pat
         run("import-sat", folder, "--out", tmp_path / "export", "--set", "train.seed=1")
 
 
+def test_a_stage_that_contradicts_the_folder_is_refused(tmp_path: Path, config: Path) -> None:
+    folders = [write_sat(tmp_path / stage, sat_model(), stage) for stage in BOTH]
+    arguments = (*folders, "--out", tmp_path / "export", "--config", config, "--stages")
+    with pytest.raises(ConfigError, match="sequential is interpolation, its model_config.json says sequential"):
+        run("import-sat", *arguments, *reversed(BOTH))
+    assert not (tmp_path / "export").exists()
+    assert run("import-sat", *arguments, *BOTH) == 0
+
+
 def test_different_bases_are_an_error_that_names_the_tensor_unless_one_is_chosen(tmp_path: Path, config: Path) -> None:
     model = sat_model()
     one = write_sat(tmp_path / "one", model, "sequential")
