@@ -20,7 +20,7 @@ from megacog.config.schema import Config, ModelConfig, SpaceConfig, Stage, Token
 from megacog.errors import CheckpointError, ConfigError
 from megacog.interop.keys import Entry, original_entries
 from megacog.interop.parity import Difference
-from megacog.interop.sat import SatTensors, find_checkpoint, same_bits
+from megacog.interop.sat import SatTensors, find_checkpoint, same_bits, settings_above
 from megacog.interop.self_parity import self_parity
 from megacog.interop.settings import FILE, disagreements, model_of, stage_of
 from megacog.interop.tokenizers import GivenTokenizers
@@ -160,6 +160,7 @@ def _stage(tensors: SatTensors, named: Stage | None, config: Config | None) -> S
         raise CheckpointError(
             f"{tensors.path} holds an attention-plus, but no {FILE} says of which stage; say it by --stages "
             "sequential (cogvideo-stage1) or interpolation (cogvideo-stage2), one word for each folder"
+            + settings_above(tensors.folder)
         )
     return said
 
@@ -183,7 +184,10 @@ def _config(
         if tensors.folder.settings is not None
     ]
     if not described:
-        raise CheckpointError(f"{opened[0].path} has no {FILE}; give --config, such as configs/cogvideo-9b.yaml")
+        raise CheckpointError(
+            f"{opened[0].path} has no {FILE}; give --config, such as configs/cogvideo-9b.yaml"
+            + settings_above(opened[0].folder)
+        )
     model = _common_model(described)
     steps = max(1, *(tensors.folder.iteration for tensors in opened))
     return Config(

@@ -444,6 +444,27 @@ def test_the_folder_of_one_iteration_may_be_given(tmp_path: Path, config: Path) 
     assert run("import-sat", folder / "27000", "--out", tmp_path / "export", "--config", config) == 0
 
 
+def test_the_folder_of_one_iteration_without_settings_leads_to_its_parent(tmp_path: Path, config: Path) -> None:
+    for stage, arguments in (("base", ()), ("sequential", ("--config", config))):
+        folder = write_sat(tmp_path / stage, sat_model(), stage)
+        with pytest.raises(CheckpointError, match=f"27000 is the folder of one iteration; give its parent {folder},"):
+            run("import-sat", folder / "27000", "--out", tmp_path / "export", *arguments)
+
+
+def test_a_folder_of_checkpoints_and_an_export_are_told(tmp_path: Path, config: Path) -> None:
+    folders = [write_sat(tmp_path / "release" / stage, sat_model(), stage) for stage in BOTH]
+    arguments = ("--out", tmp_path / "export", "--config", config)
+    both = " and ".join(str(folder) for folder in sorted(folders))
+    with pytest.raises(CheckpointError, match=f"checkpoints lie inside; give {both}$"):
+        run("import-sat", tmp_path / "release", *arguments)
+    made = tmp_path / "made"
+    made.mkdir()
+    for name in ("manifest.json", "config.yaml"):
+        (made / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="made holds no .*; it is a megacog export already"):
+        run("import-sat", made, *arguments)
+
+
 def test_every_tensor_has_one_original_and_back() -> None:
     for stage in ("base", *BOTH):
         names = [name for entry in original_entries(sat_model(), stage).values() for name in entry.names]
