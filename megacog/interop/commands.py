@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-from megacog.checkpoint.export import Export, open_export
+from megacog.checkpoint.export import FRAME_TOKENIZER, TEXT_TOKENIZER, Export, open_export
 from megacog.config.schema import Stage
 from megacog.errors import CheckpointError, ConfigError, DataError
 from megacog.interop import exporting, parity
 from megacog.interop.importing import Imported, ImportOptions, import_sat
 from megacog.interop.keys import name_problems, original_entries
+from megacog.interop.tokenizers import GivenTokenizers
 from megacog.runtime.allocator import return_large_blocks
 from megacog.runtime.files import atomic_file
 from megacog.runtime.hardware import memory_gib
@@ -51,13 +52,15 @@ _EXPORT_SAFETENSORS = """Write one stage's weights as model.safetensors under th
 model_config.json; import-sat reads it back."""
 _PARITY = """Compute what a parity file holds (logits, loss, gradients of the original) with our model and compare.
 Exit code 1 if a relative difference, max|a-b| / max|b|, is above the tolerance."""
-_VERIFY = """Check sizes and checksums of all files of an export, and that its tensors are those of its model."""
+_VERIFY = """Check sizes and checksums of all files of an export, and that its tensors and its tokenizers are those of
+its model."""
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="DIR", help="checkpoint folders; each holds `latest`")
-    add("--out", type=Path, required=True, metavar="EXPORT", help="folder to write; an older export is replaced")
+    add("--out", type=Path, required=True, metavar="EXPORT", help="folder to write")
+    add("--force", action="store_true", help="replace an older export")
     add("--config", type=Path, metavar="FILE", help="configuration of the export, where model_config.json is missing")
     add("--set", action="append", default=[], metavar="key=value", help="override a key of --config; repeatable")
     add("--stages", nargs="+", default=[], choices=_STAGES, help="what each DIR holds, where it does not say")
@@ -92,7 +95,7 @@ def _import_sat(options: argparse.Namespace) -> int:
         options.folders, options.out,
         ImportOptions(
             options.config, tuple(options.set), tuple(options.stages), options.base_from, options.text_tokenizer,
-            options.frame_tokenizer,
+            options.frame_tokenizer, options.force,
         ),
     )  # fmt: skip
     print("\n".join(_report(imported, options.out)))
@@ -172,7 +175,9 @@ def _table(rows: list[parity.Difference], tolerance: float) -> list[str]:
 
 def _verify(options: argparse.Namespace) -> int:
     export = open_export(options.export, verify=True)
-    problems = _export_problems(export)
+    own = {name: export.path / name for name in export.tokenizers}
+    tokenizers = GivenTokenizers(own.get(TEXT_TOKENIZER), own.get(FRAME_TOKENIZER))
+    problems = _export_problems(export) + tokenizers.problems(export.model)
     if problems:
         raise CheckpointError(f"{options.export} does not hold what its model has:\n  " + "\n  ".join(problems))
     held, tokenizers = ", ".join(["base", *export.plus]), " and ".join(export.tokenizers)

@@ -20,10 +20,11 @@ from megacog.config.schema import Config, ModelConfig, SpaceConfig, Stage, Token
 from megacog.errors import CheckpointError, ConfigError
 from megacog.interop.keys import Entry, original_entries
 from megacog.interop.parity import Difference
-from megacog.interop.sat import SatTensors, find_checkpoint, same_bits
+from megacog.interop.sat import SatTensors, find_checkpoint, same_bits, settings_above
 from megacog.interop.self_parity import self_parity
 from megacog.interop.settings import FILE, disagreements, model_of, stage_of
-from megacog.runtime.files import atomic_directory, require_replaceable, require_space
+from megacog.interop.tokenizers import GivenTokenizers
+from megacog.runtime.files import atomic_directory, require_place, require_space
 from megacog.runtime.log import get_logger
 from megacog.runtime.tensor_files import Deferred
 
@@ -53,6 +54,8 @@ class ImportOptions:
     """The folder whose base is taken when they differ; None = an error then."""
     text_tokenizer: Path | None = None
     frame_tokenizer: Path | None = None
+    force: bool = False
+    """Replace an older export."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,19 @@ def import_sat(folders: Sequence[Path], out: Path, options: ImportOptions) -> Im
 
     Raises:
         CheckpointError: A folder or file is not what it should be, bases differ, or logits do.
-        ConfigError: The configuration does not fit.
+        ConfigError: The configuration or a tokenizer does not fit.
+        DataError: `out` is there already, and not `options.force`; or a tokenizer cannot be read.
         EnvError: There is too little disk space, or `out` is something else.
     """
-    require_replaceable(out, KIND)
-    sources, config = _open(folders, options)
+    require_place(out, KIND, options.force)
+    tokenizers = GivenTokenizers(options.text_tokenizer, options.frame_tokenizer)
+    sources, config = _open(folders, options, tokenizers)
     base = _choose_base(sources, options.base_from)
     tensors = _tensors(base, sources)
     size = sum(tensor.nbytes for tensor in tensors.values())
     require_space(out, size)
     start = time.monotonic()
-    with atomic_directory(out, KIND) as folder:
+    with atomic_directory(out, KIND if options.force else None) as folder:
         write_export(folder, config, tensors, options.text_tokenizer, options.frame_tokenizer)
         seconds = time.monotonic() - start
         _logger.info("written: %.2f GB in %.0f s; comparing logits with the source's", size / 1e9, seconds)
@@ -110,7 +115,7 @@ def import_sat(folders: Sequence[Path], out: Path, options: ImportOptions) -> Im
     return Imported(stages, len(tensors), numel, size, tuple(dtypes), seconds, tuple(parity))
 
 
-def _open(folders: Sequence[Path], options: ImportOptions) -> tuple[list[Source], Config]:
+def _open(folders: Sequence[Path], options: ImportOptions, tokenizers: GivenTokenizers) -> tuple[list[Source], Config]:
     if options.stages and len(options.stages) != len(folders):
         raise ConfigError(f"--stages names {len(options.stages)} stages for {len(folders)} folders; name one for each")
     given = load_config(options.config, options.overrides) if options.config else None
@@ -120,10 +125,14 @@ def _open(folders: Sequence[Path], options: ImportOptions) -> tuple[list[Source]
     twice = [stage for stage in _STAGES if stages.count(stage) > 1]
     if twice:
         names = ", ".join(str(path) for path, stage in zip(folders, stages, strict=True) if stage == twice[0])
-        raise CheckpointError(f"{names} all hold the {twice[0]} stage; give one of them, or tell them by --stages")
+        raise CheckpointError(
+            f"{names} all hold the {twice[0]} stage; give one of them, or tell them by --stages where no {FILE} does"
+        )
     config = _config(opened, stages, given, options)
     if config.model.boi_id is None:
         raise ConfigError("model.boi_id is not set; give the id of the start-of-image piece (icetk: 130000)")
+    if problems := tokenizers.problems(config.model):
+        raise ConfigError("the tokenizers do not fit the model: " + "; ".join(problems))
     sources = []
     for tensors, stage in zip(opened, stages, strict=True):
         entries = original_entries(config.model, stage)
@@ -137,15 +146,21 @@ def _stage(tensors: SatTensors, named: Stage | None, config: Config | None) -> S
         if named not in (None, "base"):
             raise CheckpointError(f"{tensors.path} holds a base and no attention-plus, so it is not stage {named}")
         return "base"
-    if named is not None:
-        return named
     said = stage_of(tensors.folder.settings or {}, tensors.path)
+    if named is not None:
+        if said not in (None, named):
+            raise ConfigError(
+                f"--stages says that {tensors.path} is {named}, its {FILE} says {said} (cogvideo_stage); name the "
+                "folders and stages in the same order, or leave --stages out"
+            )
+        return named
     if said is None and config is not None and config.train.stage != "base":
         return config.train.stage
     if said is None:
         raise CheckpointError(
             f"{tensors.path} holds an attention-plus, but no {FILE} says of which stage; say it by --stages "
             "sequential (cogvideo-stage1) or interpolation (cogvideo-stage2), one word for each folder"
+            + settings_above(tensors.folder)
         )
     return said
 
@@ -169,7 +184,10 @@ def _config(
         if tensors.folder.settings is not None
     ]
     if not described:
-        raise CheckpointError(f"{opened[0].path} has no {FILE}; give --config, such as configs/cogvideo-9b.yaml")
+        raise CheckpointError(
+            f"{opened[0].path} has no {FILE}; give --config, such as configs/cogvideo-9b.yaml"
+            + settings_above(opened[0].folder)
+        )
     model = _common_model(described)
     steps = max(1, *(tensors.folder.iteration for tensors in opened))
     return Config(

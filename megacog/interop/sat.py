@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megacog.checkpoint.export import KIND
 from megacog.errors import CheckpointError
 from megacog.interop.keys import MIXINS, Entry, modern_key, name_problems, shape_problems
+from megacog.interop.settings import FILE as SETTINGS
 from megacog.interop.settings import read_settings
 from megacog.interop.torch_files import NUMPY_ARRAYS, open_torch_file, require_no_stand_in
 from megacog.runtime.tensor_files import Deferred
@@ -63,11 +65,7 @@ def find_checkpoint(path: Path) -> SatFolder:
     folder = path / _latest(path) if (path / LATEST).is_file() else path
     found = {int(match[1]): file for file in _entries(folder) if (match := _RANK_FILE.match(file.name))}
     if not found:
-        packed = [file.name for file in _entries(path) if file.suffix == ".zip"]
-        hint = f"it holds {packed[0]}, still packed: unzip it and give the folder that it makes" if packed else (
-            f"a checkpoint has a file `{LATEST}` and a folder of that name with {rank_file(0)}"
-        )  # fmt: skip
-        raise CheckpointError(f"{folder} holds no {rank_file(0)}; {hint}")
+        raise CheckpointError(f"{folder} holds no {rank_file(0)}; {_what_else(path)}")
     said = (settings or {}).get("model_parallel_size")
     ranks = max(max(found) + 1, said if isinstance(said, int) else 1)
     missing = [rank_file(rank) for rank in range(ranks) if rank not in found]
@@ -76,6 +74,14 @@ def find_checkpoint(path: Path) -> SatFolder:
             f"{folder} lacks {', '.join(missing)} of {ranks} model-parallel ranks; download or copy what is missing"
         )
     return SatFolder(path, _iteration(folder.name), tuple(found[rank] for rank in range(ranks)), settings)
+
+
+def settings_above(folder: SatFolder) -> str:
+    """The end of a message where settings are missing: they lie above the folder of one iteration, if it was given."""
+    above = folder.path.absolute().parent
+    if folder.settings is not None or not (above / SETTINGS).is_file():
+        return ""
+    return f". {folder.path} is the folder of one iteration; give its parent {above}, which holds {SETTINGS}"
 
 
 class SatTensors:
@@ -212,6 +218,20 @@ def _require_folder(path: Path) -> None:
     if head.startswith(b"PK") and path.suffix != ".pt":
         raise CheckpointError(f"{path} is a zip archive still packed; unzip it and give the folder that it makes")
     raise CheckpointError(f"{path} is a file; give the folder of the checkpoint, which holds `{LATEST}`")
+
+
+def _what_else(path: Path) -> str:
+    """What a folder without weights is, as far as can be told, and what to do."""
+    if (path / KIND.file).is_file() and (path / "config.yaml").is_file():
+        return "it is a megacog export already and needs no import"
+    entries = _entries(path)
+    packed = [entry.name for entry in entries if entry.suffix == ".zip"]
+    if packed:
+        return f"it holds {packed[0]}, still packed: unzip it and give the folder that it makes"
+    inside = [str(entry) for entry in entries if (entry / LATEST).is_file()]
+    if inside:
+        return f"checkpoints lie inside; give {' and '.join(inside)}"
+    return f"a checkpoint has a file `{LATEST}` and a folder of that name with {rank_file(0)}"
 
 
 def _latest(path: Path) -> str:

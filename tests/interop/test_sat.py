@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megacog.checkpoint.export import load_model, open_export
 from megacog.config.schema import ModelConfig, Stage
-from megacog.errors import CheckpointError, ConfigError, EnvError
+from megacog.errors import CheckpointError, ConfigError, DataError, EnvError
 from megacog.interop import importing
 from megacog.interop import main as convert
 from megacog.interop.keys import original_entries
@@ -125,14 +125,10 @@ def test_model_config_json_suffices_for_icetk_vocabularies(tmp_path: Path) -> No
         text_positions=512, base_positions=1024,
     )  # fmt: skip
     folders = [write_sat(tmp_path / stage, model, stage) for stage in BOTH]
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    (tokenizer / "text.json").write_text("{}")
     out = tmp_path / "export"
-    assert run("import-sat", *folders, "--out", out, "--text-tokenizer", tokenizer) == 0
+    assert run("import-sat", *folders, "--out", out) == 0
     export = open_export(out, verify=True)
-    assert export.model == model
-    assert (export.text_tokenizer / "text.json").is_file() and export.tokenizers == ("text_tokenizer",)
+    assert export.model == model and export.tokenizers == ()
     with pytest.raises(CheckpointError, match="holds no frame tokenizer.*--frame-tokenizer"):
         _ = export.frame_tokenizer
 
@@ -148,6 +144,15 @@ def test_the_stage_is_asked_for_when_nothing_says_it(tmp_path: Path, config: Pat
     assert open_export(tmp_path / "export").plus == ("interpolation",)
     with pytest.raises(ConfigError, match="--set changes keys of --config"):
         run("import-sat", folder, "--out", tmp_path / "export", "--set", "train.seed=1")
+
+
+def test_a_stage_that_contradicts_the_folder_is_refused(tmp_path: Path, config: Path) -> None:
+    folders = [write_sat(tmp_path / stage, sat_model(), stage) for stage in BOTH]
+    arguments = (*folders, "--out", tmp_path / "export", "--config", config, "--stages")
+    with pytest.raises(ConfigError, match="sequential is interpolation, its model_config.json says sequential"):
+        run("import-sat", *arguments, *reversed(BOTH))
+    assert not (tmp_path / "export").exists()
+    assert run("import-sat", *arguments, *BOTH) == 0
 
 
 def test_different_bases_are_an_error_that_names_the_tensor_unless_one_is_chosen(tmp_path: Path, config: Path) -> None:
@@ -194,12 +199,22 @@ def test_an_import_whose_logits_differ_is_not_kept(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "sat"]
 
 
-def test_an_older_export_is_replaced_and_nothing_else_is(tmp_path: Path, config: Path) -> None:
-    folder = write_sat(tmp_path / "sat", sat_model(), "sequential")
-    for _ in range(2):
-        assert run("import-sat", folder, "--out", tmp_path / "export", "--config", config) == 0
-    with pytest.raises(EnvError, match="something else"):
-        run("import-sat", folder, "--out", folder, "--config", config)
+def test_an_older_export_is_replaced_only_when_asked_and_nothing_else_is(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = write_sat(tmp_path / "one", sat_model(), "sequential")
+    other = write_sat(tmp_path / "other", sat_model(), "interpolation")
+    arguments = ("--out", tmp_path / "export", "--config", config)
+    assert run("import-sat", one, *arguments) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "find_checkpoint", lambda path: pytest.fail("weights are opened before --out"))
+        with pytest.raises(DataError, match="export exists already; .*--force"):
+            run("import-sat", other, *arguments)
+        with pytest.raises(EnvError, match="something else"):
+            run("import-sat", one, "--out", one, "--config", config, "--force")
+    assert open_export(tmp_path / "export", verify=True).plus == ("sequential",)
+    assert run("import-sat", other, *arguments, "--force") == 0
+    assert open_export(tmp_path / "export", verify=True).plus == ("interpolation",)
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------
@@ -427,6 +442,27 @@ def test_the_folder_of_one_iteration_may_be_given(tmp_path: Path, config: Path) 
     folder = write_sat(tmp_path / "sat", sat_model(), "sequential")
     shutil.copy(folder / "model_config.json", folder / "27000")
     assert run("import-sat", folder / "27000", "--out", tmp_path / "export", "--config", config) == 0
+
+
+def test_the_folder_of_one_iteration_without_settings_leads_to_its_parent(tmp_path: Path, config: Path) -> None:
+    for stage, arguments in (("base", ()), ("sequential", ("--config", config))):
+        folder = write_sat(tmp_path / stage, sat_model(), stage)
+        with pytest.raises(CheckpointError, match=f"27000 is the folder of one iteration; give its parent {folder},"):
+            run("import-sat", folder / "27000", "--out", tmp_path / "export", *arguments)
+
+
+def test_a_folder_of_checkpoints_and_an_export_are_told(tmp_path: Path, config: Path) -> None:
+    folders = [write_sat(tmp_path / "release" / stage, sat_model(), stage) for stage in BOTH]
+    arguments = ("--out", tmp_path / "export", "--config", config)
+    both = " and ".join(str(folder) for folder in sorted(folders))
+    with pytest.raises(CheckpointError, match=f"checkpoints lie inside; give {both}$"):
+        run("import-sat", tmp_path / "release", *arguments)
+    made = tmp_path / "made"
+    made.mkdir()
+    for name in ("manifest.json", "config.yaml"):
+        (made / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="made holds no .*; it is a megacog export already"):
+        run("import-sat", made, *arguments)
 
 
 def test_every_tensor_has_one_original_and_back() -> None:
