@@ -180,8 +180,8 @@ def _verify(options: argparse.Namespace) -> int:
     problems = _export_problems(export) + tokenizers.problems(export.model)
     if problems:
         raise CheckpointError(f"{options.export} does not hold what its model has:\n  " + "\n  ".join(problems))
-    held, tokenizers = ", ".join(["base", *export.plus]), " and ".join(export.tokenizers)
-    print(f"{options.export}: {held}; {len(export.files)} tensors, {tokenizers or 'no tokenizers'}")
+    held, names = ", ".join(["base", *export.plus]), " and ".join(export.tokenizers)
+    print(f"{options.export}: {held}; {len(export.files)} tensors, {names or 'no tokenizers'}")
     return 0
 
 
