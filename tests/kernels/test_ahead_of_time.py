@@ -35,7 +35,7 @@ def test_kernels_compile_to_what_is_documented(version: str, tmp_path: Path, req
     path = os.pathsep.join(map(str, [*aside, ROOT, ROOT / "kernels"]))
     environment = os.environ | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, TOOL, "--check", ROOT / "docs/kernels.md", "--share", "6"]
+    command = [sys.executable, TOOL, "--check", ROOT / "docs/kernels.md", "--share", "8"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
