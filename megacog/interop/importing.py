@@ -16,7 +16,15 @@ from torch import Tensor
 
 from megacog.checkpoint.export import KIND, open_export, write_export
 from megacog.config.load import load_config
-from megacog.config.schema import Config, ModelConfig, SpaceConfig, Stage, TokenizerConfig, TrainConfig
+from megacog.config.schema import (
+    Config,
+    GenerationConfig,
+    ModelConfig,
+    SpaceConfig,
+    Stage,
+    TokenizerConfig,
+    TrainConfig,
+)
 from megacog.errors import CheckpointError, ConfigError
 from megacog.interop.keys import Entry, original_entries
 from megacog.interop.parity import Difference
@@ -198,6 +206,7 @@ def _config(
         train=TrainConfig(
             stage="base", run_dir="imported", steps=steps, global_batch_size=_BATCH, micro_batch_size=_MICRO_BATCH
         ),
+        generation=GenerationConfig(preset="cogvideo"),  # what these weights were released with
     )
 
 

@@ -129,6 +129,7 @@ def test_model_config_json_suffices_for_icetk_vocabularies(tmp_path: Path) -> No
     assert run("import-sat", *folders, "--out", out) == 0
     export = open_export(out, verify=True)
     assert export.model == model and export.tokenizers == ()
+    assert export.config.generation.preset == "cogvideo" and export.config.generation.sampler == "clusters"
     with pytest.raises(CheckpointError, match="holds no frame tokenizer.*--frame-tokenizer"):
         _ = export.frame_tokenizer
 
