@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 in hexadecimal over names, dtypes, shapes and bytes of CPU tensors, in the order of their names."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+class TensorDigest:
+    """sha256 over names, dtypes, shapes and bytes of CPU tensors, in the order in which they are added."""
+
+    def __init__(self) -> None:
+        self._total = hashlib.sha256()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        self._total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def hexdigest(self) -> str:
+        return self._total.hexdigest()

@@ -11,6 +11,7 @@ N heads of this rank, D head dim, C width, V image codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,16 @@ from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo, KeyValue, attend_all
 from megacog_kernels.attention import Implementation, decode_attention
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a new row stands among a channel's frame slots, on the device."""
+
+    slot_1: Tensor
+    """int64 [1]."""
+    token_B1: Tensor
+    """int32 [B, 1]: the same for `decode_attention`."""
 
 
 class _Base:
@@ -41,11 +52,10 @@ class _Base:
         grid = VideoGrid(len(frames), self.frame.height, self.frame.width)
         return attend_all(mask, grid, self.buffers.text, valid_BL, self.kernels, self.buffers.text_bias)
 
-    def step(self, token_1: Tensor, valid_BL: Tensor) -> Attend:
-        """Attention of one new row."""
+    def step(self, place: _Place, valid_BL: Tensor) -> Attend:
+        """Attention of one new row, placed by its cell."""
         mask = MaskSpec(Order.sequential(1), Space())
-        cell_1 = token_1 % self.frame.cells
-        return self.buffers.attend(cell_1, valid_BL, mask, self.frame, self.kernels)
+        return self.buffers.attend(place, valid_BL, mask, self.frame, self.kernels)
 
 
 class _Plus:
@@ -74,9 +84,9 @@ class _Plus:
 
         return attend
 
-    def step(self, token_1: Tensor, valid_BL: Tensor) -> Attend:
-        """Attention of one new row."""
-        return self.buffers.attend(token_1, valid_BL, self.mask, self.grid, self.kernels)
+    def step(self, place: _Place, valid_BL: Tensor) -> Attend:
+        """Attention of one new row, placed by frame and cell."""
+        return self.buffers.attend(place, valid_BL, self.mask, self.grid, self.kernels)
 
 
 class _Buffers:
@@ -106,16 +116,15 @@ class _Buffers:
             buffer.index_copy_(1, rows_R, new)
 
     def attend(
-        self, token_1: Tensor, valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid, kernels: Implementation
+        self, place: _Place, valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid, kernels: Implementation
     ) -> Attend:
         """Attention that first writes its one new row. The position stays on the device."""
-        tokens_B1 = token_1.int().expand(valid_BL.shape[0], 1)
 
         def attend(q_B1ND: Tensor, k_B1ND: Tensor, v_B1ND: Tensor) -> Tensor:
-            self.write(token_1, k_B1ND, v_B1ND)
+            self.write(place.slot_1, k_B1ND, v_B1ND)
             kv = (self.k_BSND, self.v_BSND)
             return decode_attention(
-                q_B1ND, *kv, valid_BL, tokens_B1, mask, grid, text_bias=self.text_bias, implementation=kernels
+                q_B1ND, *kv, valid_BL, place.token_B1, mask, grid, text_bias=self.text_bias, implementation=kernels
             )
 
         return attend
@@ -151,7 +160,8 @@ class Decoder:
         self.plus_layers = list(self.plus.layers) if self.plus is not None and plus else [None] * len(model.layers)
         grid = self.layout.grid
         self.valid_BL = text_valid_BL
-        self.token_F = torch.arange(grid.tokens, device=text_BL.device)
+        self.slot_F = torch.arange(grid.tokens, device=text_BL.device)
+        self.token_BF = self.slot_F.int().expand(len(text_BL), -1)
         self.base: list[_Base] = []
         self.plus_channels: list[_Plus | None] = []
         rows_BLC = model.embed_text(text_BL, text_valid_BL)
@@ -175,7 +185,11 @@ class Decoder:
             peers = [frame for frame in sorted(frames) if self.layout.order.level[frame] == level]
             rows = [self._frame_inputs(frame, frames[frame]) for frame in peers]
             order, valid_BL = self.layout.order, self.valid_BL
-            self._rows(torch.cat(rows, dim=1), lambda channel: channel.give(peers, order, valid_BL))  # noqa: B023
+            self._rows(
+                torch.cat(rows, dim=1),
+                lambda base: base.give(peers, order, valid_BL),  # noqa: B023
+                lambda plus: plus.give(peers, order, valid_BL),  # noqa: B023
+            )
 
     @torch.no_grad()
     def step(self, frame: int, cell: int, previous_B: Tensor | None) -> Tensor:
@@ -192,19 +206,27 @@ class Decoder:
         else:
             inputs_B1C = self.model.code_embedding(previous_B[:, None])
         rows_B1C = self.model.embed_frame(inputs_B1C, frame, slice(cell, cell + 1), self.plus)
-        token = frame * self.layout.grid.cells + cell
-        token_1 = self.token_F[token : token + 1]
-        hidden_B1C = self._rows(rows_B1C, lambda channel: channel.step(token_1, self.valid_BL))
+        in_frame, in_clip = self._place(cell), self._place(frame * self.layout.grid.cells + cell)
+        hidden_B1C = self._rows(
+            rows_B1C,
+            lambda base: base.step(in_frame, self.valid_BL),
+            lambda plus: plus.step(in_clip, self.valid_BL),
+        )
         return self.model.code_logits(hidden_B1C)[:, 0]
+
+    def _place(self, slot: int) -> _Place:
+        return _Place(self.slot_F[slot : slot + 1], self.token_BF[:, slot : slot + 1])
 
     def _frame_inputs(self, frame: int, codes_BP: Tensor) -> Tensor:
         boi_B1C = self.model.embed_boi(codes_BP.shape[0])
         inputs_BPC = torch.cat([boi_B1C, self.model.code_embedding(codes_BP[:, :-1])], dim=1)
         return self.model.embed_frame(inputs_BPC, frame, slice(None), self.plus)
 
-    def _rows(self, rows_BRC: Tensor, attend: Callable[[_Base | _Plus], Attend]) -> Tensor:
+    def _rows(
+        self, rows_BRC: Tensor, attend_base: Callable[[_Base], Attend], attend_plus: Callable[[_Plus], Attend]
+    ) -> Tensor:
         channels = zip(self.base, self.plus_channels, strict=True)
         for layer, plus_layer, (base, plus) in zip(self.model.layers, self.plus_layers, channels, strict=True):
-            plus_attend = attend(plus) if plus is not None else None
-            rows_BRC = layer.frame_rows(rows_BRC, attend(base), plus_layer, plus_attend)
+            plus_attend = attend_plus(plus) if plus is not None else None
+            rows_BRC = layer.frame_rows(rows_BRC, attend_base(base), plus_layer, plus_attend)
         return rows_BRC

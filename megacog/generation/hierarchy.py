@@ -243,10 +243,11 @@ class ClipGenerator:
         guidance = self.settings.guidance_of(stage)
         captions = [self.settings.caption(row.clip.request.text, stage) for row in rows]
         ids = [self.text.encode(text, row.span, self.num_frames) for text, row in zip(captions, rows, strict=True)]
-        null_ids = [self.text.encode_null(row.span, self.num_frames) for row in rows]
+        guided = guidance != 1.0
+        null_ids = [self.text.encode_null(row.span, self.num_frames) for row in rows] if guided else []
         length = self._text_length([*ids, *null_ids])
         text_BL, valid_BL = self.text.pad(ids, length)
-        null_text = self.text.pad(null_ids, length) if guidance != 1.0 else None
+        null_text = self.text.pad(null_ids, length) if guided else None
         known = {frame: torch.stack([row.known[frame] for row in rows]) for frame in rows[0].known}
         return generate_frames(
             self.model,

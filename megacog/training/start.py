@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from megacog.checkpoint.digest import tensor_digest
+from megacog.checkpoint.digest import TensorDigest
 from megacog.checkpoint.export import Export, load_tensors, open_export
 from megacog.config.schema import Config, ModelConfig, PlusStage
 from megacog.errors import CheckpointError, ConfigError
@@ -136,16 +137,16 @@ def describe_weights(
         state, dtype, digest = "trained", _short(first), ""
         if not first.requires_grad:
             assert stored is not None, "what is frozen was inherited"
-            kept = {name: stored(name) for name in names}
-            state, digest, dtype = "frozen", tensor_digest(kept), _cast(kept[names[0]], first)
+            kept = _kept(names, stored)
+            state, digest = "frozen", kept.digest
+            dtype = kept.dtype if kept.dtype == dtype else f"{kept.dtype} -> {dtype}"  # what loading has cast
         source = sources.get(part, "checkpoint")
-        rows.append((str(len(names)), f"{numel:,}", dtype, state, group, source, digest[:_DIGEST_SHOWN]))
+        rows.append((str(len(names)), f"{numel:,}", dtype, state, group, source, digest))
     for group, names in _groups(idle).items():
         assert stored is not None, "idle sets were inherited"
-        kept = {name: stored(name) for name in names}
-        numel = sum(tensor.numel() for tensor in kept.values())
-        dtype, digest = _short(kept[names[0]]), tensor_digest(kept)[:_DIGEST_SHOWN]
-        rows.append((str(len(names)), f"{numel:,}", dtype, "idle", group, "carried over bitwise", digest))
+        kept = _kept(names, stored)
+        facts = (f"{kept.numel:,}", kept.dtype, "idle", group, "carried over bitwise", kept.digest)
+        rows.append((str(len(names)), *facts))
     return "\n".join(_format_rows(rows))
 
 
@@ -156,13 +157,29 @@ def _groups(names: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What a group of stored tensors amounts to."""
+
+    dtype: str
+    numel: int
+    digest: str
+    """First digits of the sha256 over all of them."""
+
+
+def _kept(names: Sequence[str], stored: Callable[[str], Tensor]) -> _Kept:
+    """Reads the tensors one at a time: a group may be larger than the memory of the host."""
+    total, numel, dtypes = TensorDigest(), 0, {}
+    for name in sorted(names):
+        tensor = stored(name)
+        total.add(name, tensor)
+        numel += tensor.numel()
+        dtypes[name] = _short(tensor)
+    return _Kept(dtypes[names[0]], numel, total.hexdigest()[:_DIGEST_SHOWN])
+
+
 def _short(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _cast(stored: Tensor, parameter: Tensor) -> str:
-    """The dtype, or both where loading has cast."""
-    return _short(stored) if stored.dtype == parameter.dtype else f"{_short(stored)} -> {_short(parameter)}"
 
 
 def _group(name: str) -> str:

@@ -13,7 +13,7 @@ from sat_files import original_weights, sat_model, write_sat
 from tiny_run import CODEBOOK, GRID, make_inputs, settings, write_config
 from torch import Tensor
 
-from megacog.checkpoint.digest import tensor_digest
+from megacog.checkpoint.digest import TensorDigest
 from megacog.checkpoint.export import open_export
 from megacog.config.schema import Config, ModelConfig
 from megacog.errors import CheckpointError
@@ -106,7 +106,9 @@ def test_a_bf16_run_keeps_the_inherited_fp16_base_bitwise_and_tells_everything_i
     table = caplog.text[caplog.text.index("weights on this rank") :].splitlines()
     rows = {words[words.index(state) + 1]: words for words in map(str.split, table)
             for state in ("frozen", "trained") if state in words and words[0].isdigit()}  # fmt: skip
-    digest = tensor_digest({"text_embedding.weight": before.tensor("text_embedding.weight")})
+    total = TensorDigest()
+    total.add("text_embedding.weight", before.tensor("text_embedding.weight"))
+    digest = total.hexdigest()
     assert rows["text_embedding"] == [
         "1", "3,072", "float16", "->", "bfloat16", "frozen", "text_embedding", str(coglm), digest[:16]
     ]  # fmt: skip

@@ -16,6 +16,7 @@ def choose(implementation: Implementation, device: torch.device, dtype: torch.dt
     Raises:
         ValueError: Triton is asked for and cannot run, or the name is unknown.
     """
-    known = f"the kernels know head dims {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
-    unfit = None if head_dim in HEAD_DIMS else known
+    unfit = None
+    if head_dim not in HEAD_DIMS:
+        unfit = f"the kernels know head dims {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     return dispatch.choose("attention", implementation, device, dtype, f"head dim {head_dim}", unfit)
