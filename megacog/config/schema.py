@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megacog.config.generation import GenerationConfig as GenerationConfig
+from megacog.config.section import Checkpointing as Checkpointing
 from megacog.config.section import Kernels as Kernels
 from megacog.config.section import PlusStage as PlusStage
 from megacog.config.section import Section as Section
@@ -259,8 +260,9 @@ class TrainConfig(Section):
     """AdamW decay; biases and layernorms have none."""
     gradient_clip: float = Field(default=0.1, ge=0)
     """Global gradient norm; 0 = off."""
-    activation_checkpointing: bool = False
-    """Recompute every layer in the backward pass: less memory, a third more work."""
+    activation_checkpointing: Checkpointing = "none"
+    """What the backward pass computes again: nothing; norms and the products that need no sum over ranks (selective);
+    whole layers (full)."""
     context_corruption: float = Field(default=0.0, ge=0, lt=1)
     """Share of the given frames' codes that are resampled at random."""
     seed: int = 1234

@@ -1,4 +1,4 @@
-"""What all groups of settings share, and the names of stages and kernels."""
+"""What all groups of settings share, and the names of choices."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 Stage = Literal["base", "sequential", "interpolation"]
 PlusStage = Literal["sequential", "interpolation"]
 Kernels = Literal["auto", "triton", "reference"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from megacog.config.schema import Stage
-from megacog.model.attention import Attend
+from megacog.model.attention import Attend, KeyValue
+from megacog.model.layer import attend_all
 from megacog.model.layout import stage_layout
-from megacog.model.transformer import CogVideo, KeyValue, attend_all
+from megacog.model.transformer import CogVideo
 from megacog_kernels.attention import Implementation, decode_attention
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
 
@@ -166,12 +167,12 @@ class Decoder:
         self.plus_channels: list[_Plus | None] = []
         rows_BLC = model.embed_text(text_BL, text_valid_BL)
         for index, (layer, plus_layer) in enumerate(zip(model.layers, self.plus_layers, strict=True)):
-            rows_BLC, states = layer.text_rows(rows_BLC, text_valid_BL, plus_layer)
+            rows_BLC, states = layer.text_rows(rows_BLC, text_valid_BL)
             self.base.append(_Base(states.base, grid, text_bias, model.kernels))
             channel = None
-            if states.plus is not None:
+            if plus_layer is not None:
                 mask = self.layout.plus_mask(model.space(stage), index)
-                channel = _Plus(states.plus, mask, grid, text_bias, model.kernels)
+                channel = _Plus(plus_layer.text_states(states.normed_BLC), mask, grid, text_bias, model.kernels)
             self.plus_channels.append(channel)
 
     @torch.no_grad()

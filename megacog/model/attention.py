@@ -18,6 +18,8 @@ from megacog_kernels.mix import mix
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of q, k, v rows [B, R, N, D] over whatever they see: [B, R, N, D]."""
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values [B, R, N, D]."""
 
 
 class AttentionChannel(nn.Module):
@@ -59,6 +61,11 @@ class PlusLayer(AttentionChannel):
     def __init__(self, config: ModelConfig, parallel: TensorParallel, kernels: Implementation) -> None:
         super().__init__(config, parallel)
         self.gate = Gate(config.hidden_size, kernels)
+
+    def text_states(self, text_BLC: Tensor) -> KeyValue:
+        """What frame rows see of the text in this channel."""
+        _, k_BLND, v_BLND = self.project(text_BLC)
+        return k_BLND, v_BLND
 
 
 class AttentionPlus(nn.Module):

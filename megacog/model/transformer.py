@@ -2,11 +2,7 @@
 
 Text rows see text only, so they depend on no trained weight in the video stages: they run as a
 stream of their own, without gradients there, and their keys and values can be kept per caption.
-Frame rows run as a second stream. In a layer (Sandwich-LN, both streams share all weights):
-
-    a = LN1(x);  x = x + LN3(gate * base(a) + (1 - gate) * plus(a));  x = x + LN4(MLP(LN2(x)))
-
-LN1..LN4 are input, post_attention, third and fourth layernorm. Text rows have no plus channel.
+Frame rows run as a second stream.
 
 Legend: B batch, L text length, T frames, P cells of a frame, F = T * P, R rows of a stream,
 N heads of this rank, D head dim, C width, V vocabulary, Q predicted frames.
@@ -20,22 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from megacog.config.schema import ModelConfig, PlusStage, SpaceConfig, Stage
+from megacog.config.schema import Checkpointing, ModelConfig, PlusStage, SpaceConfig, Stage
 from megacog.errors import EnvError
-from megacog.model.attention import Attend, AttentionChannel, AttentionPlus, PlusLayer
+from megacog.model.attention import AttentionPlus
+from megacog.model.layer import Layer
 from megacog.model.layout import StageLayout, stage_layout, text_position_ids
-from megacog.model.norm import BranchNorm, LayerNorm
-from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megacog.model.norm import LayerNorm
+from megacog.model.recompute import run_layer
+from megacog.parallel.layers import VocabParallelEmbedding
 from megacog.parallel.tensor import TensorParallel
-from megacog_kernels.attention import Implementation, attention, text_attention
+from megacog_kernels.attention import Implementation
 from megacog_kernels.attention.dispatch import choose as choose_attention
-from megacog_kernels.grid import MaskSpec, VideoGrid
 from megacog_kernels.norm.ops import choose_norm
-
-KeyValue = tuple[Tensor, Tensor]
-"""Keys and values [B, R, N, D]."""
 
 
 @dataclass(frozen=True)
@@ -48,99 +41,6 @@ class LossOutput:
     """fp32 [Q], detached: mean cross entropy of each predicted frame."""
 
 
-@dataclass(frozen=True)
-class TextStates:
-    """Keys and values that one layer's text rows offer to frame rows."""
-
-    base: KeyValue
-    plus: KeyValue | None
-
-
-def attend_all(
-    mask: MaskSpec, grid: VideoGrid, text: KeyValue, valid_BL: Tensor, kernels: Implementation, text_bias: float = 0.0
-) -> Attend:
-    """Attention of all rows of a grid over the valid text and each other."""
-
-    def attend(q_BFND: Tensor, k_BFND: Tensor, v_BFND: Tensor) -> Tensor:
-        text_k, text_v = text
-        return attention(
-            q_BFND, k_BFND, v_BFND, mask, grid, text_k=text_k, text_v=text_v, text_valid=valid_BL,
-            text_bias=text_bias, implementation=kernels,
-        ).frames  # fmt: skip
-
-    return attend
-
-
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
-        super().__init__()
-        self.up = ColumnParallelLinear(config.hidden_size, config.ffn, parallel)
-        self.down = RowParallelLinear(config.ffn, config.hidden_size, parallel)
-        self.dropout = nn.Dropout(config.mlp_dropout)
-
-    def forward(self, x_BRC: Tensor) -> Tensor:
-        return self.dropout(self.down(F.gelu(self.up(x_BRC), approximate="tanh")))
-
-
-class Layer(nn.Module):
-    """One base layer; the attention-plus of the running stage is handed in."""
-
-    def __init__(self, config: ModelConfig, parallel: TensorParallel, kernels: Implementation) -> None:
-        super().__init__()
-        self.kernels: Implementation = kernels
-        norm = (config.hidden_size, config.layernorm_eps, kernels)
-        self.input_layernorm = LayerNorm(*norm)
-        self.third_layernorm = BranchNorm(*norm)
-        self.post_attention_layernorm = LayerNorm(*norm)
-        self.fourth_layernorm = BranchNorm(*norm)
-        self.attention = AttentionChannel(config, parallel)
-        self.mlp = MLP(config, parallel)
-
-    def _residual(self, x_BRC: Tensor, mixed_BRC: Tensor) -> Tensor:
-        x_BRC, normed_BRC = self.third_layernorm(x_BRC, mixed_BRC, then=self.post_attention_layernorm)
-        return self.fourth_layernorm(x_BRC, self.mlp(normed_BRC))
-
-    def text_rows(self, x_BLC: Tensor, valid_BL: Tensor, plus: PlusLayer | None) -> tuple[Tensor, TextStates]:
-        """The text stream through this layer: next rows, and what frame rows see of the text."""
-        normed_BLC = self.input_layernorm(x_BLC)
-        kept: list[KeyValue] = []
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept.append((k, v))
-            return text_attention(q, k, v, valid_BL, implementation=self.kernels)
-
-        mixed_BLC = self.attention(normed_BLC, attend)
-        plus_states = plus.project(normed_BLC)[1:] if plus is not None else None
-        return self._residual(x_BLC, mixed_BLC), TextStates(kept[0], plus_states)
-
-    def frame_rows(self, x_BRC: Tensor, base: Attend, plus: PlusLayer | None, plus_attend: Attend | None) -> Tensor:
-        """Rows of the frame stream through this layer."""
-        normed_BRC = self.input_layernorm(x_BRC)
-        mixed_BRC = self.attention(normed_BRC, base)
-        if plus is not None:
-            assert plus_attend is not None
-            mixed_BRC = plus.gate(mixed_BRC, plus(normed_BRC, plus_attend))
-        return self._residual(x_BRC, mixed_BRC)
-
-    def forward(
-        self,
-        text_BLC: Tensor,
-        frames_BFC: Tensor,
-        valid_BL: Tensor,
-        layout: StageLayout,
-        plus: PlusLayer | None,
-        plus_mask: MaskSpec | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Both streams through this layer, all frames at once."""
-        text_BLC, states = self.text_rows(text_BLC, valid_BL, plus)
-
-        base = attend_all(layout.base_mask, layout.grid, states.base, valid_BL, self.kernels)
-        plus_attend = None
-        if states.plus is not None and plus_mask is not None:
-            plus_attend = attend_all(plus_mask, layout.grid, states.plus, valid_BL, self.kernels)
-        return text_BLC, self.frame_rows(frames_BFC, base, plus, plus_attend)
-
-
 class CogVideo(nn.Module):
     """The base and the attention-plus sets named in `plus`, on one tensor-parallel rank.
 
@@ -148,7 +48,7 @@ class CogVideo(nn.Module):
         config: Shape; `boi_id` must be set.
         plus: Stages whose attention-plus is built.
         parallel: This rank's tensor-parallel place; None = the whole model.
-        activation_checkpointing: Recompute every layer in the backward pass.
+        activation_checkpointing: What the backward pass of a layer computes again.
         kernels: What runs attention, norms, gates and the loss: `auto` takes Triton where it can, `triton` insists.
 
     Weights are uninitialized: call `initialize` or load them.
@@ -159,7 +59,7 @@ class CogVideo(nn.Module):
         config: ModelConfig,
         plus: Sequence[PlusStage] = (),
         parallel: TensorParallel | None = None,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = "none",
         kernels: Implementation = "auto",
     ) -> None:
         super().__init__()
@@ -168,7 +68,7 @@ class CogVideo(nn.Module):
         self.config = config
         self.boi_id = config.boi_id
         self.parallel = parallel or TensorParallel()
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing: Checkpointing = activation_checkpointing
         self.kernels: Implementation = kernels
         width = config.hidden_size
         self.code_embedding = VocabParallelEmbedding(config.image_vocab_size, width, self.parallel, kernels)
@@ -247,14 +147,14 @@ class CogVideo(nn.Module):
         plus = self.plus_of(layout.stage)
         text_BLC = self.embed_text(text_BL, valid_BL)
         frames_BFC = self._embed_frames(codes_BTP, plus)
+        policy: Checkpointing = self.activation_checkpointing if self.training else "none"
         for index, layer in enumerate(self.layers):
             plus_layer = plus.layers[index] if plus is not None and plus_on else None
             mask = layout.plus_mask(self.space(layout.stage), index) if plus_layer is not None else None
-            arguments = (text_BLC, frames_BFC, valid_BL, layout, plus_layer, mask)
-            if self.activation_checkpointing and self.training:
-                text_BLC, frames_BFC = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                text_BLC, frames_BFC = layer(*arguments)
+            text_policy = policy if text_BLC.requires_grad else "none"  # without gradients nothing is kept anyway
+            text_BLC, states = run_layer(text_policy, layer.text_rows, text_BLC, valid_BL)
+            arguments = (frames_BFC, states, valid_BL, layout, plus_layer, mask)
+            frames_BFC = run_layer(policy, layer.all_frames, *arguments)
         return text_BLC, frames_BFC
 
     def space(self, stage: Stage) -> SpaceConfig:

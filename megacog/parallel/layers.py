@@ -5,13 +5,17 @@ With one rank they are the ordinary layers. Shapes: C width, V vocabulary, `...`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import ShardSpec, TensorParallel, copy_to_ranks, mark_sharded, sum_over_ranks
 from megacog_kernels.dispatch import Implementation
+from megacog_kernels.keep import kept
 
 
 class ColumnParallelLinear(nn.Module):
@@ -33,6 +37,36 @@ class ColumnParallelLinear(nn.Module):
         return F.linear(copy_to_ranks(x, self.parallel), self.weight, self.bias)
 
 
+class _SummedProduct(torch.autograd.Function):
+    """x @ weight^T, summed over the ranks, + bias; kept where layers are recomputed: much work for little memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, parallel: TensorParallel) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        (out,) = kept(lambda: (_summed_product(x, weight, bias, parallel),))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        rows = grad.flatten(0, -2)
+        return (
+            grad @ weight if of_x else None,
+            rows.T @ x.flatten(0, -2) if of_weight else None,
+            rows.sum(dim=0) if of_bias else None,
+            None,
+        )
+
+
+def _summed_product(x: Tensor, weight: Tensor, bias: Tensor, parallel: TensorParallel) -> Tensor:
+    if parallel.size == 1:
+        return F.linear(x, weight, bias)
+    out = F.linear(x, weight)
+    dist.all_reduce(out, group=parallel.group)
+    return out.add_(bias)
+
+
 class RowParallelLinear(nn.Module):
     """x @ weight^T + bias with the input features cut over ranks; the output is whole."""
 
@@ -47,9 +81,8 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., features_in / ranks] -> [..., features_out]."""
-        if self.parallel.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        return sum_over_ranks(F.linear(x, self.weight), self.parallel) + self.bias
+        out: Tensor = _SummedProduct.apply(x, self.weight, self.bias, self.parallel)
+        return out
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -93,6 +93,6 @@ def test_training_follows_the_release(config: Config) -> None:
     assert (train.global_batch_size, train.micro_batch_size, train.steps, train.warmup_steps) == (416, 4, 500_000, 500)
     assert (train.learning_rate, train.min_learning_rate_ratio, train.weight_decay) == (2e-4, 0.1, 1e-4)
     assert (train.betas, train.eps, train.gradient_clip, train.zero_stage) == ((0.9, 0.95), 1e-8, 0.1, 2)
-    assert train.activation_checkpointing and config.model.inherit and config.model.plus_dense == "copy"
+    assert train.activation_checkpointing == "selective" and config.model.inherit and config.model.plus_dense == "copy"
     # icetk has 130000 pieces, to which start_of_image is appended; ids count from the first code.
     assert config.model.image_vocab_size + config.model.boi_id == 150_000  # type: ignore[operator]

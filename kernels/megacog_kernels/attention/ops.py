@@ -15,8 +15,10 @@ from torch import Tensor
 
 from megacog_kernels.attention.dispatch import choose
 from megacog_kernels.attention.reference import grouped_attention, grouped_text_attention, masked_decode
+from megacog_kernels.attention.reference_gradient import ReferenceAttention
 from megacog_kernels.dispatch import Implementation
 from megacog_kernels.grid import MaskSpec, Order, Space, SpaceKind, VideoGrid
+from megacog_kernels.keep import kept
 
 _KINDS = get_args(SpaceKind)
 
@@ -80,7 +82,8 @@ def attention(
         text_valid = torch.ones(text_k.shape[:2], dtype=torch.bool, device=text_k.device)
     _check(q, k, v, mask, grid, text_k, text_v, text_valid, text_q)
     scale = _scale(scale, q)
-    if text_bias and torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v, text_k, text_v)):
+    differentiated = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v, text_k, text_v))
+    if text_bias and differentiated:
         raise ValueError(f"text_bias is {text_bias}, which gives no gradients; call it under torch.no_grad()")
     text = None
     if text_q is not None:
@@ -89,6 +92,9 @@ def attention(
         lse = q.new_empty(q.shape[0], q.shape[2], 0, dtype=torch.float32) if return_lse else None
         return AttentionOutput(q.clone(), text, lse)
     if choose(implementation, q.device, q.dtype, q.shape[-1]) == "reference":
+        if differentiated and not return_lse and not torch.compiler.is_compiling():  # which plan memory themselves
+            out = ReferenceAttention.apply(q, k, v, text_k, text_v, text_valid, mask, grid, scale)
+            return AttentionOutput(out, text, None)
         out, lse = grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, scale, text_bias, return_lse)
         return AttentionOutput(out, text, lse)
     _check_strides(q=q, k=k, v=v, text_k=text_k, text_v=text_v)
@@ -333,7 +339,8 @@ def _attend(
     """out [B, R, N, D] and log2-sum-exp2 fp32 [B, N, R]; without k and v the rows are text."""
     from megacog_kernels.attention.calls import run_forward
 
-    return run_forward(*_prepare(q, k, v, text_k, text_v, text_valid, code, scale))
+    out, lse = kept(lambda: run_forward(*_prepare(q, k, v, text_k, text_v, text_valid, code, scale)))
+    return out, lse
 
 
 @_attend.register_fake

@@ -1,0 +1,42 @@
+"""The reference with a backward pass that keeps queries, keys and values only.
+
+Plain autograd would keep what attention makes of them on its way: keys and values joined anew for every frame, and
+masks. The backward pass computes the attention again instead, a few percent of a layer's work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacog_kernels.attention.reference import grouped_attention
+from megacog_kernels.grid import MaskSpec, VideoGrid
+from megacog_kernels.keep import kept
+
+
+class ReferenceAttention(torch.autograd.Function):
+    """`grouped_attention` of q, k, v, text_k, text_v, text_valid, mask, grid and scale: [B, F, N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.mask, ctx.grid, ctx.scale = arguments
+        ctx.save_for_backward(*tensors)
+        (out,) = kept(lambda: (_forward(tensors, ctx.mask, ctx.grid, ctx.scale),))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *tensors, text_valid = ctx.saved_tensors
+        needed = ctx.needs_input_grad[: len(tensors)]
+        with torch.enable_grad():
+            inputs = [part.detach().requires_grad_(want) for part, want in zip(tensors, needed, strict=True)]
+            out = _forward([*inputs, text_valid], ctx.mask, ctx.grid, ctx.scale)
+        gradients = iter(torch.autograd.grad(out, [part for part in inputs if part.requires_grad], grad_out))
+        return (*(next(gradients) if want else None for want in needed), None, None, None, None)
+
+
+def _forward(tensors: list[Tensor], mask: MaskSpec, grid: VideoGrid, scale: float) -> Tensor:
+    q, k, v, text_k, text_v, text_valid = tensors
+    return grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, scale, 0.0, False)[0]

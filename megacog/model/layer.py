@@ -1,0 +1,117 @@
+"""One layer of the transformer: both attention channels, the MLP and the norms between them.
+
+Sandwich-LN; text and frame rows share all weights:
+
+    a = LN1(x);  x = x + LN3(gate * base(a) + (1 - gate) * plus(a));  x = x + LN4(MLP(LN2(x)))
+
+LN1..LN4 are input, post_attention, third and fourth layernorm. Text rows have no plus channel.
+
+Legend: B batch, L text length, F frame tokens, R rows of a stream, N heads of this rank, D head dim, C width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megacog.config.schema import ModelConfig
+from megacog.model.attention import Attend, AttentionChannel, KeyValue, PlusLayer
+from megacog.model.layout import StageLayout
+from megacog.model.norm import BranchNorm, LayerNorm
+from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megacog.parallel.tensor import TensorParallel
+from megacog_kernels.attention import Implementation, attention, text_attention
+from megacog_kernels.grid import MaskSpec, VideoGrid
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What one layer's text rows offer to its frame rows."""
+
+    normed_BLC: Tensor
+    """The rows as both channels take them."""
+    base: KeyValue
+
+
+def attend_all(
+    mask: MaskSpec, grid: VideoGrid, text: KeyValue, valid_BL: Tensor, kernels: Implementation, text_bias: float = 0.0
+) -> Attend:
+    """Attention of all rows of a grid over the valid text and each other."""
+
+    def attend(q_BFND: Tensor, k_BFND: Tensor, v_BFND: Tensor) -> Tensor:
+        text_k, text_v = text
+        return attention(
+            q_BFND, k_BFND, v_BFND, mask, grid, text_k=text_k, text_v=text_v, text_valid=valid_BL,
+            text_bias=text_bias, implementation=kernels,
+        ).frames  # fmt: skip
+
+    return attend
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        super().__init__()
+        self.up = ColumnParallelLinear(config.hidden_size, config.ffn, parallel)
+        self.down = RowParallelLinear(config.ffn, config.hidden_size, parallel)
+        self.dropout = nn.Dropout(config.mlp_dropout)
+
+    def forward(self, x_BRC: Tensor) -> Tensor:
+        return self.dropout(self.down(F.gelu(self.up(x_BRC), approximate="tanh")))
+
+
+class Layer(nn.Module):
+    """One base layer; the attention-plus of the running stage is handed in."""
+
+    def __init__(self, config: ModelConfig, parallel: TensorParallel, kernels: Implementation) -> None:
+        super().__init__()
+        self.kernels: Implementation = kernels
+        norm = (config.hidden_size, config.layernorm_eps, kernels)
+        self.input_layernorm = LayerNorm(*norm)
+        self.third_layernorm = BranchNorm(*norm)
+        self.post_attention_layernorm = LayerNorm(*norm)
+        self.fourth_layernorm = BranchNorm(*norm)
+        self.attention = AttentionChannel(config, parallel)
+        self.mlp = MLP(config, parallel)
+
+    def _residual(self, x_BRC: Tensor, mixed_BRC: Tensor) -> Tensor:
+        x_BRC, normed_BRC = self.third_layernorm(x_BRC, mixed_BRC, then=self.post_attention_layernorm)
+        return self.fourth_layernorm(x_BRC, self.mlp(normed_BRC))
+
+    def text_rows(self, x_BLC: Tensor, valid_BL: Tensor) -> tuple[Tensor, TextStates]:
+        """The text stream through this layer: next rows, and what frame rows see of the text."""
+        normed_BLC = self.input_layernorm(x_BLC)
+        kept: list[KeyValue] = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            kept.append((k, v))
+            return text_attention(q, k, v, valid_BL, implementation=self.kernels)
+
+        mixed_BLC = self.attention(normed_BLC, attend)
+        return self._residual(x_BLC, mixed_BLC), TextStates(normed_BLC, kept[0])
+
+    def frame_rows(self, x_BRC: Tensor, base: Attend, plus: PlusLayer | None, plus_attend: Attend | None) -> Tensor:
+        """Rows of the frame stream through this layer."""
+        normed_BRC = self.input_layernorm(x_BRC)
+        mixed_BRC = self.attention(normed_BRC, base)
+        if plus is not None:
+            assert plus_attend is not None
+            mixed_BRC = plus.gate(mixed_BRC, plus(normed_BRC, plus_attend))
+        return self._residual(x_BRC, mixed_BRC)
+
+    def all_frames(
+        self,
+        x_BFC: Tensor,
+        text: TextStates,
+        valid_BL: Tensor,
+        layout: StageLayout,
+        plus: PlusLayer | None,
+        plus_mask: MaskSpec | None,
+    ) -> Tensor:
+        """The frame stream through this layer, all frames of the stage at once."""
+        base = attend_all(layout.base_mask, layout.grid, text.base, valid_BL, self.kernels)
+        plus_attend = None
+        if plus is not None and plus_mask is not None:
+            plus_attend = attend_all(plus_mask, layout.grid, plus.text_states(text.normed_BLC), valid_BL, self.kernels)
+        return self.frame_rows(x_BFC, base, plus, plus_attend)
