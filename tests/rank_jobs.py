@@ -27,10 +27,11 @@ from megacog.errors import CheckpointError
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
+from megacog.parallel.tensor import TensorParallel
 from megacog.runtime.ranks import discover
 from megacog.runtime.signals import StopFlag
 from megacog.training import pretrain
-from megacog.training.comparison import GLOBAL_BATCH, MICRO_BATCH, compare_engines, run_step, small_config
+from megacog.training.comparison import GLOBAL_BATCH, MICRO_BATCH, compare_engines, run_step, small_batch, small_config
 from megacog.training.engine import Engine, build_engine
 from megacog.training.guard import NonFiniteError
 from megacog.training.loop import Loop, StepReport
@@ -118,6 +119,46 @@ def same_states(one: Engine, other: Engine) -> bool:
     return same
 
 
+def sums(folder: Path, *zero_stages: str) -> dict[str, dict[str, float]]:
+    """By ZeRO stage and `gradient_dtype`: relative error of the mean gradient of four bf16 micro batches per rank.
+
+    The truth is the plain engine's, which sums the same micro batches on one rank in fp32.
+    """
+    alone = ProcessGroups(TensorParallel(), 0, 1, None)
+    accumulation, groups = 4, build_process_groups(1)
+    truth = mean_gradients(small_config("torch", 0, 1, 1, "bf16"), alone, accumulation * groups.data_size)
+    size = sum(float(part.square().sum()) for part in truth.values())
+    found: dict[str, dict[str, float]] = {}
+    for zero_stage in zero_stages:
+        found[zero_stage] = {}
+        for dtype in ("fp32", "bf16"):
+            config = small_config("deepspeed", int(zero_stage), 1, 1, "bf16")
+            train = config.train.model_copy(update={"gradient_dtype": dtype})
+            ours = mean_gradients(config.model_copy(update={"train": train}), groups, accumulation)
+            error = sum(float((ours[name] - truth[name]).square().sum()) for name in truth)
+            found[zero_stage][dtype] = (error / size) ** 0.5
+    return found
+
+
+def mean_gradients(config: Config, groups: ProcessGroups, accumulation: int) -> dict[str, torch.Tensor]:
+    """Over `accumulation` micro batches of one sample per rank, by name: after a first step, from AdamW's moment."""
+    train = config.train.model_copy(update={"gradient_clip": 0.0, "micro_batch_size": 1})
+    config = config.model_copy(update={"train": train})
+    model = CogVideo(config.model, ("sequential",), groups.tensor)
+    initialize_base(model, seed=1)
+    initialize_plus(model, "sequential", "copy", seed=1)
+    model.to(DTYPES[config.train.precision]).trainable("sequential")
+    engine = build_engine(config, model, groups, accumulation)
+    text_BL, valid_BL, codes_BTP = small_batch(config.model, "sequential", 1)
+    for micro in range(accumulation):
+        row = slice(micro * groups.data_size + groups.data_rank, None)
+        inputs = {"text_BL": text_BL[row][:1], "text_valid_BL": valid_BL[row][:1], "frames_BTP": codes_BTP[row][:1]}
+        engine.backward(engine.forward(**inputs, stage="sequential").loss)
+    engine.step(0.0)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {name: engine.get_state(name)["exp_avg"] / (1 - train.betas[0]) for name in trained}
+
+
 def failing_save(folder: Path) -> dict[str, Any]:
     """What every rank is told when rank 1 has no space, and what is left of the checkpoint."""
     groups = build_process_groups(1)
@@ -203,6 +244,7 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "compare": compare,
     "resume": resume,
+    "sums": sums,
     "failing_save": failing_save,
     "pretrain_all": pretrain_all,
 }

@@ -242,6 +242,8 @@ class TrainConfig(Section):
     """Samples per rank and forward pass; accumulation = global / (micro x data-parallel size)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute dtype. bf16 keeps fp32 masters of what is trained."""
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed in over the micro batches of a step. bf16 saves memory and rounds every sum."""
     kernels: Kernels = "auto"
     """Attention, norms, gates and loss: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -343,6 +345,8 @@ class Config(Section):
                 "train.zero_stage 0 with train.precision bf16 gives wrong gradient norms and losses "
                 "in DeepSpeed; use zero_stage 1 or precision fp32"
             )
+        if train.precision == "fp32" and train.gradient_dtype == "bf16":
+            raise ValueError("train.gradient_dtype bf16 needs train.precision bf16: gradients of fp32 weights are fp32")
         if train.stage != "base" and model.inherit is None:
             raise ValueError(
                 f"train.stage {train.stage} needs model.inherit: the export whose base it builds on"

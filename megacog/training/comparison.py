@@ -95,7 +95,7 @@ def small_engine(config: Config, groups: ProcessGroups) -> Engine:
 
 def run_step(engine: Engine, config: Config, groups: ProcessGroups, step: int) -> tuple[float, float]:
     """One optimizer step (from 1) on data that depends on the step only; mean loss and gradient norm."""
-    text_BL, valid_BL, codes_BTP = _data(config.model, config.train.stage, step)
+    text_BL, valid_BL, codes_BTP = small_batch(config.model, config.train.stage, step)
     accumulation = GLOBAL_BATCH // (MICRO_BATCH * groups.data_size)
     mean = torch.zeros(())
     for micro in range(accumulation):
@@ -132,7 +132,8 @@ def compare_engines(tensor_sizes: Iterable[int], steps: int, stage: Stage = "seq
             yield Difference(name, tensor, loss, norm, clipped)
 
 
-def _data(model: ModelConfig, stage: Stage, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def small_batch(model: ModelConfig, stage: Stage, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Text, its validity and codes of one step's global batch."""
     generator = torch.Generator().manual_seed(step % 10)  # ten batches, again and again: something to learn
     grid = stage_layout(model, stage).grid
     text_BL = torch.randint(0, model.text_vocab_size, (GLOBAL_BATCH, model.text_length), generator=generator)

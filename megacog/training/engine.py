@@ -2,7 +2,7 @@
 
 The only file that imports deepspeed. What DeepSpeed needs to be right is kept here in one place:
 - its shared-memory op would be compiled at start-up, so it is switched off; the optimizer is torch's;
-- gradients of bf16 weights are accumulated in fp32, which makes ZeRO 1 use its BF16_Optimizer;
+- fp32 sums of bf16 gradients (`train.gradient_dtype`) make ZeRO 1 use its BF16_Optimizer;
 - with ZeRO 0 it reports no gradient norm and does not skip non-finite steps, so this file does both;
 - its hooks hang on tensors that the module returns: a dataclass would pass them by, silently;
 - optimizer state exists only after a first step, and ZeRO 3 pads its partitions.
@@ -97,7 +97,7 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         "steps_per_print": 1 << 30,
     }
     if train.precision == "bf16":
-        generated["data_types"] = {"grad_accum_dtype": "fp32"}
+        generated["data_types"] = {"grad_accum_dtype": train.gradient_dtype}
         generated["bf16"]["check_grad_overflow"] = True
     return _merge(generated, config.deepspeed, "deepspeed")
 

@@ -1,7 +1,7 @@
 """The plain engine: data and tensor parallel training with torch alone.
 
 The oracle that DeepSpeed is checked against, and `train.engine: torch`. Every rank holds all
-master weights and moments; gradients are accumulated and averaged in fp32.
+master weights and moments; gradients are averaged in fp32.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class PlainEngine:
             name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
             for name, weight in self._weights.items()
         }
-        self._gradients = {name: torch.zeros_like(master) for name, master in self._masters.items()}
+        summed_in = DTYPES[config.train.gradient_dtype]
+        self._sums = {name: torch.zeros_like(master, dtype=summed_in) for name, master in self._masters.items()}
         self._optimizer = build_optimizer(self._masters.items(), config.train)
 
     def forward(self, **inputs: Any) -> LossOutput:
@@ -54,12 +55,12 @@ class PlainEngine:
         (loss / self._accumulation).backward()
         for name, weight in self._weights.items():
             if weight.grad is not None:
-                self._gradients[name] += weight.grad
+                self._sums[name] += weight.grad
                 weight.grad = None
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> bool:
-        gradients = list(self._gradients.values())
+        gradients = [total.float() for total in self._sums.values()]
         if self._groups.data_size > 1:
             for gradient in gradients:
                 dist.all_reduce(gradient, group=self._groups.data_group)
@@ -68,15 +69,15 @@ class PlainEngine:
         self.grad_norm = float(norm)
         applied = bool(norm.isfinite())
         if applied:
-            self._update(learning_rate, norm)
-        for gradient in gradients:
-            gradient.zero_()
+            self._update(learning_rate, gradients, norm)
+        for total in self._sums.values():
+            total.zero_()
         return applied
 
-    def _update(self, learning_rate: float, norm: Tensor) -> None:
+    def _update(self, learning_rate: float, gradients: list[Tensor], norm: Tensor) -> None:
         scale = (self._clip / (norm + 1e-6)).clamp(max=1.0) if self._clip else 1.0
-        for name, master in self._masters.items():
-            master.grad = self._gradients[name] * scale
+        for master, gradient in zip(self._masters.values(), gradients, strict=True):
+            master.grad = gradient * scale
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()

@@ -195,6 +195,7 @@ def test_rules_between_keys_are_placed_at_their_section(path: Path) -> None:
     text = message(path, "train.global_batch_size=9")
     assert "train.global_batch_size 9 is not a multiple of train.micro_batch_size 4" in text
     assert "zero_stage 0" in message(path, "train.zero_stage=0")
+    assert "gradient_dtype bf16 needs" in message(path, "train.gradient_dtype=bf16", "train.precision=fp32")
 
 
 def test_a_duplicate_key_is_an_error_with_both_lines(path: Path) -> None:

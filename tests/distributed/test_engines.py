@@ -15,13 +15,14 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 TOLERANCE = 1e-5
 COMPARED = "compare:sequential,20,1,2"
 ALL_TRAINED = "compare:base,3,1,2"
+SUMS = "sums:1,2,3"
 RESUMED = "resume:1,torch-0-bf16,deepspeed-1-bf16,deepspeed-2-fp32,deepspeed-3-bf16"
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What two ranks found, by job."""
-    jobs = [COMPARED, ALL_TRAINED, RESUMED]
+    jobs = [COMPARED, ALL_TRAINED, SUMS, RESUMED]
     folder = made_once(tmp_path_factory, "engines", lambda folder: run_jobs(jobs, 2, folder, timeout=480))
     return json.loads((folder / "result.json").read_text())
 
@@ -42,6 +43,14 @@ def test_two_ranks_train_the_base_like_one_where_embeddings_norms_and_head_are_t
     two_ranks: dict[str, list[Any]],
 ) -> None:
     assert_alike(two_ranks[ALL_TRAINED], [1, 2])
+
+
+def test_fp32_sums_of_bf16_gradients_are_closer_to_the_truth_than_bf16_sums(two_ranks: dict[str, list[Any]]) -> None:
+    for result in two_ranks[SUMS]:
+        assert result.keys() == {"1", "2", "3"}
+        for zero_stage, errors in result.items():
+            assert errors["fp32"] < 0.75 * errors["bf16"], (zero_stage, errors)  # ranks exchange bf16 either way
+            assert errors["bf16"] < 0.02, (zero_stage, errors)
 
 
 @pytest.mark.slow

@@ -43,6 +43,27 @@ def test_deepspeed_settings_cannot_contradict_the_train_section(settings: dict[s
         deepspeed_config(with_deepspeed(small_config("deepspeed", 1, 1, 1), **settings), 1)
 
 
+def test_the_sum_of_gradients_is_what_the_configuration_says() -> None:
+    config = small_config("deepspeed", 1, 1, 1, "bf16")
+    train = config.train.model_copy(update={"gradient_dtype": "bf16"})
+    generated = deepspeed_config(config.model_copy(update={"train": train}), accumulation=4)
+    assert generated["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert "data_types" not in deepspeed_config(small_config("deepspeed", 1, 1, 1, "fp32"), accumulation=4)
+
+
+def test_the_plain_engine_can_sum_in_bf16() -> None:
+    moments = []
+    for dtype in ("fp32", "bf16"):
+        config = small_config("torch", 0, 1, 1, "bf16")
+        train = config.train.model_copy(update={"gradient_dtype": dtype})
+        config = config.model_copy(update={"train": train})
+        engine = small_engine(config, ALONE)
+        run_step(engine, config, ALONE, 1)
+        moments.append(engine.get_state("plus.sequential.layers.0.qkv.weight")["exp_avg"])
+    assert not torch.equal(*moments)
+    torch.testing.assert_close(*moments, rtol=0.05, atol=float(0.01 * moments[0].abs().max()))
+
+
 def test_biases_and_norms_do_not_decay() -> None:
     assert decays("plus.sequential.layers.0.qkv.weight") and decays("plus.sequential.position_embedding.weight")
     assert not decays("layers.0.mlp.up.bias")
@@ -116,12 +137,12 @@ def test_the_plain_engine_steps_as_adamw_on_the_clipped_mean_gradient_does() -> 
     engine, twin = small_engine(config, ALONE), small_engine(config, ALONE).model
     assert isinstance(engine, PlainEngine)
     optimizer = build_optimizer(twin.named_parameters(), config.train)
-    from megacog.training.comparison import GLOBAL_BATCH, _data
+    from megacog.training.comparison import GLOBAL_BATCH, small_batch
     from megacog.training.schedule import learning_rate
 
     for step in range(1, 4):
         run_step(engine, config, ALONE, step)
-        text, valid, codes = _data(config.model, "sequential", step)
+        text, valid, codes = small_batch(config.model, "sequential", step)
         assert text.shape[0] == GLOBAL_BATCH
         optimizer.zero_grad()
         twin(text, valid, codes, "sequential").loss.backward()  # the whole batch at once
