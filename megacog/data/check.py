@@ -31,6 +31,7 @@ class SourceSummary:
         skipped: clips too short for every rate of the stage.
         frames: stored frames.
         hours: stored duration.
+        tokenized: clips whose texts are token ids that came with them.
         retokenized: clips with token ids of another text tokenizer, whose captions are tokenized anew.
     """
 
@@ -40,19 +41,27 @@ class SourceSummary:
     skipped: int
     frames: int
     hours: float
+    tokenized: int
     retokenized: int
 
     def __str__(self) -> str:
         skipped = f", {self.skipped} too short for every rate: not used" if self.skipped else ""
-        retokenized = (
-            f"; token ids of {self.retokenized} clips are another text tokenizer's: their captions are used"
+        return (
+            f"{self.name}: {self.clips} clips{skipped}; {self.frames} frames, {self.hours:.2f} hours "
+            f"in {self.shards} shard(s); texts: {self._texts}"
+        )
+
+    @property
+    def _texts(self) -> str:
+        if self.tokenized == self.clips:
+            return "stored token ids"
+        foreign = (
+            f"; token ids of {self.retokenized} clips are another text tokenizer's and not used"
             if self.retokenized
             else ""
         )
-        return (
-            f"{self.name}: {self.clips} clips{skipped}; {self.frames} frames, {self.hours:.2f} hours "
-            f"in {self.shards} shard(s){retokenized}"
-        )
+        captions = f"captions of {self.clips - self.tokenized}" if self.tokenized else "captions"
+        return (f"stored token ids of {self.tokenized} clips, " if self.tokenized else "") + captions + foreign
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,7 @@ def _phase_rows(rule: RateRule, sources: Sequence[Source], step: int) -> list[Ra
     min_fps = rule.min_fps(step)
     total_weight = sum(source.weight for source in sources)
     clips: dict[float, int] = {}
+    spans: dict[float, float] = {}
     shares: dict[float, float] = {}
     unused = 0
     for source in sources:
@@ -155,11 +165,13 @@ def _phase_rows(rule: RateRule, sources: Sequence[Source], step: int) -> list[Ra
             rates = rule.feasible(int(length), fps, min_fps)
             for rate, probability in zip(rates, rule.probabilities(rates) if rates else [], strict=True):
                 key = float(f"{rate.fps:.3g}")
+                if rate.fps:
+                    spans.setdefault(key, (rule.frames - 1) / rate.fps)
                 clips[key] = clips.get(key, 0) + count
                 share = source.weight / total_weight * count / usable * probability
                 shares[key] = shares.get(key, 0.0) + share
     rows = [
-        RateRow(step, fps or None, (rule.frames - 1) / fps if fps else None, clips[fps], shares[fps])
+        RateRow(step, fps or None, spans.get(fps), clips[fps], shares[fps])
         for fps in sorted(clips)
     ]
     return [*rows, RateRow(step, None, None, unused, 0.0)] if unused else rows
@@ -250,34 +262,33 @@ def _check_texts(source: Source, rule: RateRule, texts: Texts, text: TextTokeniz
     """Raises DataError for an empty source and for a text that does not fit."""
     if not len(source):
         raise DataError(f"{source.name} holds no clips. Prepare some, or remove the source.")
-    longest_rate: dict[tuple[int, float], int] = {}
-    for clip, (length, fps) in enumerate(zip(source.lengths.tolist(), source.fps.tolist(), strict=True)):
-        room = longest_rate.get((length, fps))
-        if room is None:
-            rates = rule.feasible(length, fps)
-            spans = [(rule.frames - 1) / rate.fps for rate in rates if rate.fps]
-            room = max((len(texts.rate(span)) for span in spans), default=0) if rates else -1
-            longest_rate[length, fps] = room
-        if room < 0:
+    for clip, (frames, fps) in enumerate(zip(source.lengths.tolist(), source.fps.tolist(), strict=True)):
+        rates = rule.feasible(frames, fps)
+        if not rates:
             continue
         shard, local = source.locate(clip)
-        ids = texts.caption(shard, local)
-        if len(ids) + room > text_length:
-            _raise_too_long(shard, local, len(ids), room, text_length)
-        if max(ids) >= text.vocab_size:
+        found = [texts.of(shard, local, _span(rule, rate)) for rate in rates]
+        length, highest = max(map(len, found)), max(map(max, found))
+        if length > text_length:
+            _raise_too_long(shard, local, length, text_length)
+        if highest >= text.vocab_size:
             raise DataError(
-                f"{shard.path}: clip {shard.clip_ids[local]!r} has token id {max(ids)}, the text tokenizer "
+                f"{shard.path}: clip {shard.clip_ids[local]!r} has token id {highest}, the text tokenizer "
                 f"{text.vocab_size} pieces. Prepare the shard again with this text tokenizer."
             )
 
 
-def _raise_too_long(shard: Shard, clip: int, caption_length: int, rate_length: int, text_length: int) -> None:
+def _span(rule: RateRule, rate: Rate) -> float | None:
+    """Returns the seconds that the text of a sample at a rate names."""
+    return (rule.frames - 1) / rate.fps if rate.fps else None
+
+
+def _raise_too_long(shard: Shard, clip: int, length: int, text_length: int) -> None:
     caption = shard.captions[clip]
     shown = caption if len(caption) <= 60 else f"{caption[:57]}..."
     raise DataError(
-        f"{shard.path}: clip {shard.clip_ids[clip]!r} has a caption of {caption_length} tokens, with "
-        f"{rate_length} for the rate that is more than model.text_length {text_length}: {shown!r}. "
-        "Shorten the caption or raise model.text_length."
+        f"{shard.path}: clip {shard.clip_ids[clip]!r} has a text of {length} tokens, its rate included, more than "
+        f"model.text_length {text_length}: {shown!r}. Shorten the caption or raise model.text_length."
     )
 
 
@@ -290,6 +301,7 @@ def _summary(source: Source, rule: RateRule, text: TextTokenizer) -> SourceSumma
         skipped=len(source) - len(source.usable(rule, lowest)),
         frames=int(source.lengths.sum()),
         hours=float((source.lengths / source.fps).sum() / 3600),
+        tokenized=sum(shard.num_clips for shard in source.shards if shard.text_tokenizer == text.fingerprint),
         retokenized=sum(
             shard.num_clips for shard in source.shards if shard.text_tokenizer not in (None, text.fingerprint)
         ),

@@ -87,6 +87,18 @@ class Texts:
         self._caption = lru_cache(_CACHED_CAPTIONS)(lambda caption: tuple(text.encode(caption, None)))
         self.null = tuple(text.encode_null(None))
 
+    def of(self, shard: Shard, clip: int, span_seconds: float | None, dropped: bool = False) -> list[int]:
+        """Returns the text of a window of a clip: rate text, separator and caption, or with it dropped the null one.
+
+        Ids that came with the clip name the rate of all its frames. A window from the first to the last of them
+        gets these ids as they are; any other one gets its own rate text before their caption.
+        """
+        stored, caption = self._parts(shard, clip)
+        last = int(shard.num_frames[clip]) - 1
+        whole = span_seconds is not None and round(span_seconds * float(shard.fps[clip])) == last
+        rate = stored if stored and whole else self.rate(span_seconds)
+        return [*rate, *(self.null if dropped else caption)]
+
     def _rate(self, span_seconds: float | None) -> tuple[int, ...]:
         """Returns the ids in front of the caption: rate text and separator, nothing for a single frame."""
         if span_seconds is None:
@@ -94,12 +106,14 @@ class Texts:
         ids = self._text.encode_null(span_seconds, self._num_frames)
         return tuple(ids[: len(ids) - len(self.null)])
 
-    def caption(self, shard: Shard, clip: int) -> tuple[int, ...]:
-        """Returns the ids of a clip's caption: the stored ones if this tokenizer made them."""
+    def _parts(self, shard: Shard, clip: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the ids through the separator and behind it if this tokenizer made them; else (), the caption's."""
         if shard.text_tokenizer == self._text.fingerprint:
-            return tuple(shard.token_ids(clip).tolist())
+            ids = tuple(shard.token_ids(clip).tolist())
+            start = ids.index(self._text.separator_id) + 1 if self._text.separator_id in ids else 0
+            return ids[:start], ids[start:]
         try:
-            return self._caption(shard.captions[clip])
+            return (), self._caption(shard.captions[clip])
         except DataError as error:
             raise DataError(f"{shard.path}: clip {shard.clip_ids[clip]!r}: {error}") from None
 
@@ -178,8 +192,7 @@ class StageDataset:
         self._mark_used(shard)
         codes_TP = shard.read(local, window.indices).reshape(window.frames, -1)
         dropped = unit(numbers[3]) < self._dropout
-        caption = self.texts.null if dropped else self.texts.caption(shard, local)
-        text = [*self.texts.rate(span_seconds), *caption]
+        text = self.texts.of(shard, local, span_seconds, dropped)
         context_TP = self._corrupt(codes_TP, numbers[4:6]) if self._corruption else codes_TP
         return text, codes_TP, context_TP, window.fps, _sample_id(shard.clip_ids[local], window)
 

@@ -92,7 +92,8 @@ class ShardWriter:
             caption: text; not empty.
             codes: integers [n, h, w], n >= 1.
             fps: rate at which the frames were sampled, in frames per second.
-            token_ids: text pieces of the caption; for all clips or for none.
+            token_ids: text pieces of the clip's text: rate text of all its frames and separator, then the caption; or
+                of the caption alone. For all clips or for none.
 
         Raises:
             DataError: something above does not hold.

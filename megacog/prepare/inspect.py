@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from megacog.config.schema import Config, SourceConfig
 from megacog.data.shards import Shard, expand_shards
 from megacog.errors import DataError
+
+if TYPE_CHECKING:
+    from megacog.tokenizers.frames import FrameTokenizer
 
 _BINS = 8
 _BAR_CHARACTERS = 30
@@ -49,6 +52,15 @@ class ShardSet:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def require_tokenizer(self, tokenizer: FrameTokenizer) -> None:
+        """Raises DataError if another frame tokenizer made the shards."""
+        first = self.shards[0]
+        if tokenizer.fingerprint != first.meta.tokenizer_fingerprint:
+            raise DataError(
+                f"{first.path} was made with frame tokenizer {first.meta.tokenizer_fingerprint[:16]}, "
+                f"--tokenizer is {tokenizer.fingerprint[:16]}. Name the folder of the one that made the shards."
+            )
 
     def spread(self, count: int) -> list[tuple[Shard, int]]:
         """Returns at most `count` clips, evenly spread over the set, as (shard, clip)."""
@@ -95,7 +107,7 @@ def statistics(shards: ShardSet, code_frames: int = 100_000) -> dict[str, Any]:
 
 
 def _token_ids(readers: Sequence[Shard]) -> list[dict[str, Any]]:
-    """Returns, for each text tokenizer that made token ids, its fingerprint and the ids per caption."""
+    """Returns, for each text tokenizer that made token ids, its fingerprint and the ids per clip."""
     lengths: dict[str, list[int]] = {}
     for shard in readers:
         if shard.text_tokenizer is not None:
@@ -103,7 +115,7 @@ def _token_ids(readers: Sequence[Shard]) -> list[dict[str, Any]]:
                 len(shard.token_ids(clip)) for clip in range(shard.num_clips)
             )
     return [
-        {"text_tokenizer": fingerprint, "per_caption": _distribution(np.asarray(counts, dtype=np.int64))}
+        {"text_tokenizer": fingerprint, "per_clip": _distribution(np.asarray(counts, dtype=np.int64))}
         for fingerprint, counts in sorted(lengths.items())
     ]
 
@@ -154,7 +166,7 @@ def describe(figures: dict[str, Any]) -> str:
         *(
             line
             for made in figures["token_ids"]
-            for line in _histogram(f"token ids of text tokenizer {made['text_tokenizer'][:16]}", made["per_caption"])
+            for line in _histogram(f"token ids of text tokenizer {made['text_tokenizer'][:16]}", made["per_clip"])
         ),
         "stored frames per second",
         *_bars([(rate, count) for rate, count in figures["fps"].items()]),
@@ -170,6 +182,7 @@ def rates(config: Config, patterns: Sequence[str] = ()) -> tuple[list[dict[str, 
         patterns: shards to count; none = the config's `data.train`.
     """
     from megacog.data.check import rate_table
+    from megacog.tokenizers.text import span_text
 
     if patterns:
         train = tuple(SourceConfig(path=pattern) for pattern in patterns)
@@ -178,7 +191,7 @@ def rates(config: Config, patterns: Sequence[str] = ()) -> tuple[list[dict[str, 
     cells = [("from step", "fps", "seconds", "clips", "share")]
     for row in rows:
         fps = f"{row.fps:g}" if row.fps else ("-" if row.share else "none fits")
-        span = f"{row.span_seconds:g}" if row.span_seconds else "-"
+        span = span_text(row.span_seconds) if row.span_seconds else "-"
         cells.append((str(row.from_step), fps, span, str(row.clips), f"{100 * row.share:.1f}%"))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     title = f"clips x rates, stage {config.train.stage}"

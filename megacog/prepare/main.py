@@ -66,7 +66,8 @@ continues when the same command is given again. Rows without a clip are listed i
 shards, with reasons."""
 _RECORDS = """Turn flat int32 records of the original's data tool (64 text ids, then 5 frames of 20 x 20 codes) into
 HDF5 shards with token ids. Nothing is coded again. A stopped run continues when the same command is given again."""
-_INSPECT = """Print statistics of shards; with --tokenizer and --sheet draw clips decoded back from codes;
+_INSPECT = """Print statistics of shards; with --tokenizer check that this one made them, and with --sheet as well
+draw clips decoded back from codes;
 with --config print the clips x rates table of the shards (else of its data.train) under that config."""
 
 
@@ -169,8 +170,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         metavar="SHARD",
         help="shard files or quoted glob patterns (default: --config's data.train)",
     )
-    add("--tokenizer", type=Path, metavar="FOLDER", help="frame tokenizer that made the shards, for --sheet")
-    add("--sheet", type=Path, metavar="PNG", help="contact sheet to write")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="frame tokenizer that made the shards")
+    add("--sheet", type=Path, metavar="PNG", help="contact sheet to write; needs --tokenizer")
     add("--clips", type=_count, default=8, help="clips on the sheet (default: 8)")
     add("--frames", type=_count, default=8, help="frames of a clip on the sheet (default: 8)")
     add(
@@ -291,10 +292,8 @@ def _show_summary(summary: Summary, as_json: bool) -> None:
 def _inspect(options: argparse.Namespace) -> int:
     from megacog.prepare.inspect import ShardSet, default_patterns, describe, rates, statistics
 
-    if (options.sheet is None) != (options.tokenizer is None):
-        raise ConfigError(
-            "--sheet and --tokenizer go together: codes are drawn by the tokenizer that made them"
-        )
+    if options.sheet is not None and options.tokenizer is None:
+        raise ConfigError("--sheet needs --tokenizer: codes are drawn by the tokenizer that made them")
     config = None
     if options.config is not None:
         from megacog.config.load import load_config
@@ -304,15 +303,19 @@ def _inspect(options: argparse.Namespace) -> int:
     if not patterns:
         raise ConfigError("name shards to inspect, or a --config whose data.train names them")
     with ShardSet(patterns) as shards:
+        tokenizer = None
+        if options.tokenizer is not None:
+            from megacog.tokenizers.frames import load_frame_tokenizer
+
+            tokenizer = load_frame_tokenizer(options.tokenizer)
+            shards.require_tokenizer(tokenizer)
         report = statistics(shards, options.code_frames)
         text = [describe(report)]
         if options.sheet is not None:
             from megacog.prepare.sheet import write_sheet
-            from megacog.tokenizers.frames import load_frame_tokenizer
 
-            write_sheet(
-                shards, load_frame_tokenizer(options.tokenizer), options.sheet, options.clips, options.frames
-            )
+            assert tokenizer is not None
+            write_sheet(shards, tokenizer, options.sheet, options.clips, options.frames)
             text.append(f"contact sheet: {options.sheet}")
             report["sheet"] = str(options.sheet)
     if config is not None:

@@ -3,8 +3,8 @@
 The original trains on flat files of int32 records without a header: 64 text ids and 5 frames of 20 x 20
 codes. Text ids lie above the 20000 image codes. The text is [`<pad>`] rate text `<n>` caption, filled up
 with `<pad>`; the leading `<pad>` marks a cut from a longer video and means nothing to the trainer. A
-record becomes a clip of 5 frames whose stored rate follows from the span in its rate text, with the ids of
-its caption; training puts the rate text in front again.
+record becomes a clip of 5 frames whose stored rate follows from the span in its rate text, with its text ids
+as they are but for `<pad>`: what training sees.
 
 Dimensions: R records, L text ids, T frames, h/w code grid.
 """
@@ -30,7 +30,6 @@ from megacog.prepare.pipeline import Summary, summarize
 from megacog.prepare.sources import Failure
 from megacog.prepare.state import Part, PartialOutput, SliceRecord, produce
 from megacog.runtime.files import require_space, sha256_file
-from megacog.runtime.log import get_logger
 from megacog.tokenizers.frames import FrameTokenizer
 from megacog.tokenizers.text import TextTokenizer, rate_text
 
@@ -43,7 +42,6 @@ VALUES = TEXT_IDS + FRAMES * GRID[0] * GRID[1]
 DTYPE = np.dtype("<i4")
 RECORD_BYTES = VALUES * DTYPE.itemsize
 _BLOCK_RECORDS = 4096
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,14 @@ class Record:
 
     Attributes:
         span_seconds: from the first to the last frame, as its rate text says.
-        caption_ids: piece ids of the caption.
+        text_ids: piece ids of rate text, separator and caption.
+        caption: what they say behind the separator.
         codes_Thw: image codes.
     """
 
     span_seconds: float
-    caption_ids: list[int]
+    text_ids: list[int]
+    caption: str
     codes_Thw: NDArray[np.int32]
 
     @property
@@ -135,8 +135,6 @@ def prepare_records(
         return []
 
     manifest, earlier = produce(settings.out, recorded, parts, make, overwrite=settings.overwrite)
-    if rate_texts.respelled:
-        logger.warning("rate texts of %d records are spelled anew: %s", rate_texts.respelled, rate_texts.example)
     return summarize(settings.out, manifest, start, earlier)
 
 
@@ -202,12 +200,7 @@ def _raise_impossible(path: Path, record: int, position: int, value: int, vocab_
 
 
 class RateTexts:
-    """Spans of rate texts.
-
-    Attributes:
-        respelled: records whose rate text is spelled in another way than training spells it.
-        example: the first of them, for a message; "" = none.
-    """
+    """Spans of rate texts, however they are spelled: `3秒` and `3.0秒` are 3 seconds."""
 
     def __init__(self, text: TextTokenizer) -> None:
         """Raises: ConfigError: the tokenizer's rate text does not tell the span."""
@@ -220,7 +213,6 @@ class RateTexts:
         self._pattern = re.compile(r"(\d+(?:\.\d+)?)".join(map(re.escape, template.split("{span}"))))
         self._text = text
         self._known: dict[tuple[int, ...], float] = {}
-        self.respelled, self.example = 0, ""
 
     def span(self, where: str, ids: Sequence[int]) -> float:
         """Returns the seconds that a rate text tells.
@@ -231,13 +223,7 @@ class RateTexts:
         key = tuple(ids)
         if key not in self._known:
             self._known[key] = self._parse(where, ids)
-        span = self._known[key]
-        trained = self._text.encode_null(span, FRAMES)
-        if trained[: trained.index(self._text.separator_id)] != list(ids):
-            self.respelled += 1
-            ours = rate_text(self._text.settings.template, span, FRAMES)
-            self.example = self.example or f"{where} says {self._text.decode(ids)!r}, training says {ours!r}"
-        return span
+        return self._known[key]
 
     def _parse(self, where: str, ids: Sequence[int]) -> float:
         spelled = self._text.decode(ids)
@@ -266,10 +252,10 @@ def take_apart(where: str, values: NDArray[np.int32], text: TextTokenizer, rates
     if text.separator_id not in ids:
         raise DataError(f"{where} has no {text.settings.separator} between rate and caption: another format.")
     cut = ids.index(text.separator_id)
-    caption_ids = ids[cut + 1 :]
-    if not text.decode(caption_ids).strip():
+    caption = text.decode(ids[cut + 1 :])
+    if not caption.strip():
         raise DataError(f"{where} has no caption. Every clip needs a text; leave the record out.")
-    return Record(rates.span(where, ids[:cut]), caption_ids, values[TEXT_IDS:].reshape(FRAMES, *GRID))
+    return Record(rates.span(where, ids[:cut]), ids, caption, values[TEXT_IDS:].reshape(FRAMES, *GRID))
 
 
 def _check_settings(files: Sequence[Path], text: TextTokenizer, frames: FrameTokenizer) -> None:
@@ -320,8 +306,7 @@ def _make_slice(
     with ShardWriter(path, meta, text.fingerprint) as writer:
         for number in piece.rows:
             record = take_apart(f"{piece.path}: record {number}", records_RV[number], text, rates)
-            caption = text.decode(record.caption_ids)
-            writer.add(f"{piece.path.name}:{number}", caption, record.codes_Thw, record.fps, record.caption_ids)
+            writer.add(f"{piece.path.name}:{number}", record.caption, record.codes_Thw, record.fps, record.text_ids)
             seconds += FRAMES / record.fps
             meter.count(FRAMES)
     clips = len(piece.rows)

@@ -42,15 +42,10 @@ def write_sheet(
     """
     from PIL import Image
 
-    first = shards.shards[0]
-    if tokenizer.fingerprint != first.meta.tokenizer_fingerprint:
-        raise DataError(
-            f"{first.path} was made with frame tokenizer {first.meta.tokenizer_fingerprint[:16]}, "
-            f"--tokenizer is {tokenizer.fingerprint[:16]}. Name the folder of the one that made the shards."
-        )
+    shards.require_tokenizer(tokenizer)
     chosen = shards.spread(clips)
     if not chosen:
-        raise DataError(f"{first.path}: there are no clips to draw")
+        raise DataError(f"{shards.shards[0].path}: there are no clips to draw")
     Image.init()
     picture_format = Image.registered_extensions().get(path.suffix.lower())
     if picture_format is None:

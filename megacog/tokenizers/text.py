@@ -72,7 +72,12 @@ def rate_text(template: str, span_seconds: float, num_frames: int = 5) -> str:
     if not 0 < span_seconds < float("inf"):
         raise DataError(f"a clip cannot span {span_seconds} seconds; the span must be positive")
     fps = (num_frames - 1) / span_seconds
-    return template.format(span=f"{span_seconds:.1f}", fps=f"{fps:g}")
+    return template.format(span=span_text(span_seconds), fps=f"{fps:g}")
+
+
+def span_text(span_seconds: float) -> str:
+    """Returns a span as texts write it, with one decimal."""
+    return f"{span_seconds:.1f}"
 
 
 def check_template(template: str) -> None:

@@ -175,7 +175,7 @@ def test_a_caption_longer_than_the_model_reads_is_named_before_training(
 ) -> None:
     outcome = command("pretrain", *training(model__text_length=2))
     assert outcome.code == 1
-    assert_tells(outcome.message, "train.h5: clip 'train-0' has a caption of .* more than model.text_length 2")
+    assert_tells(outcome.message, "train.h5: clip 'train-0' has a text of .* more than model.text_length 2")
     assert not (tmp_path / "run").exists()
 
 

@@ -28,6 +28,19 @@ def test_good_data_is_summed_up(write_clips: Write, make_config: Make) -> None:
     lines = str(summary).splitlines()
     assert lines[0].startswith("data.train[0]") and "2 too short for every rate: not used" in lines[0]
     assert lines[1].startswith("data.eval[0]") and "too short" not in lines[1]
+    assert all(line.endswith("; texts: captions") for line in lines)
+
+
+def test_a_source_of_both_kinds_says_how_many_texts_are_stored_token_ids(
+    write_clips: Write, make_config: Make, text: TextTokenizer
+) -> None:
+    write_clips("set-00000-of-00002.h5", [("a", 9, 8.0)])
+    write_clips(
+        "set-00001-of-00002.h5", [("b", 9, 8.0), ("c", 9, 8.0)], token_ids=[3], text_tokenizer=text.fingerprint
+    )
+    folder = write_clips("other.h5", CLIPS).parent
+    summary = check_data(make_config([folder / "set-*.h5"]))
+    assert "texts: stored token ids of 2 clips, captions of 1" in str(summary)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +90,7 @@ def test_a_caption_that_is_too_long_is_named_with_its_shard(
 ) -> None:
     caption = "the digit 3 moves left " * 9
     path = write_clips("a.h5", [*CLIPS, ("long", 9, 8.0)], captions={"long": caption})
-    with pytest.raises(DataError, match="a.h5: clip 'long' has a caption of .*model.text_length 24: 'the digit 3"):
+    with pytest.raises(DataError, match="a.h5: clip 'long' has a text of .*model.text_length 24: 'the digit 3"):
         check_data(make_config([path]))
     # A clip that is not used may have any caption.
     check_data(make_config([write_clips("b.h5", [*CLIPS, ("long", 4, 8.0)], captions={"long": caption})]))
@@ -162,6 +175,11 @@ def test_the_rate_table_counts_clips_and_expected_shares(write_clips: Write, mak
         [0.625 / 3, 0.125 / 3, (0.75 + 0.125) / 3, 1 / 3, (0.25 + 0.125) / 3]
     )
     assert sum(row.share for row in rows[6:]) == pytest.approx(1)
+
+
+def test_the_rate_table_tells_spans_of_real_and_not_of_rounded_rates(write_clips: Write, make_config: Make) -> None:
+    (row,) = rate_table(make_config([write_clips("a.h5", [("a", 5, 4 / 3)])]))
+    assert row.fps == 1.33 and row.span_seconds == pytest.approx(3.0, abs=1e-6)
 
 
 def test_training_follows_the_rate_table(write_clips: Write, make_config: Make, text: TextTokenizer) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megacog.config.schema import Config
-from megacog.data.dataset import StageDataset, open_sources
+from megacog.data.dataset import StageDataset, Texts, open_sources
 from megacog.data.loader import evaluation_batches, training_batches
 from megacog.data.shards import Shard
 from megacog.errors import DataError
@@ -178,6 +178,20 @@ def test_stored_tokens_replace_the_caption_when_their_tokenizer_matches(
     for path, caption in ((own, "the digit 7 moves right"), (foreign, "the digit 0 moves left")):
         config = make_config([path], data={"caption_dropout": 0.0})
         assert stage_dataset(config, text).batch(0, [0]).texts == [text.encode(caption, 1.0)]
+
+
+def test_stored_rate_text_goes_with_windows_of_the_whole_clip_only(
+    write_clips: Write, make_config: Make, text: TextTokenizer
+) -> None:
+    stored = [*text.encode("the digit", None), *text.encode("7", 1.0)]  # another rate text than the tokenizer's
+    path = write_clips("own.h5", [("a", 5, 4.0)], token_ids=stored, text_tokenizer=text.fingerprint)
+    parts = Texts(text, 5)
+    with Shard(path) as shard:
+        assert parts.of(shard, 0, 1.0) == stored
+        assert parts.of(shard, 0, 0.5) == text.encode("7", 0.5)
+        assert parts.of(shard, 0, None) == text.encode("7", None)
+        rate = stored[: -len(text.encode("7", None))]
+        assert parts.of(shard, 0, 1.0, dropped=True) == [*rate, *text.encode_null(None)]
 
 
 def test_evaluation_never_depends_on_the_training_seed_and_drops_no_caption(

@@ -108,8 +108,11 @@ def test_the_sheet_shows_decoded_codes_and_checks_the_tokenizer(
     other = random_tokenizer(tmp_path / "other", seed=1)
     with pytest.raises(DataError, match="was made with frame tokenizer"):
         main([*arguments, "--tokenizer", str(other)])
-    with pytest.raises(ConfigError, match="go together"):
+    with pytest.raises(ConfigError, match="--sheet needs --tokenizer"):
         main(arguments)
+    assert main(["inspect", str(path), "--tokenizer", str(tokenizer)]) == 0
+    with pytest.raises(DataError, match="was made with frame tokenizer"):
+        main(["inspect", str(path), "--tokenizer", str(other)])
     with pytest.raises(DataError, match="no picture format"):
         main(["inspect", str(path), "--tokenizer", str(tokenizer), "--sheet", str(tmp_path / "sheet.doc")])
 
@@ -194,6 +197,9 @@ train: {{stage: sequential, run_dir: run, steps: 1, global_batch_size: 1, micro_
     assert main(["inspect", "--config", str(config)]) == 0
     text = capsys.readouterr().out
     assert "clips x rates, stage sequential" in text and "none fits" in text
+    assert [line.split()[1:3] for line in text.splitlines() if line.startswith("          0")][:2] == [
+        ["1", "4.0"], ["2", "2.0"]
+    ]  # fmt: skip
     assert main(["inspect", str(shards), "--config", str(config), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rates"]
     # Of 33 frames at 8 fps every 8th makes five at 1 fps, of 9 frames every 2nd; 4 frames never do.

@@ -106,7 +106,8 @@ def test_records_become_clips_with_their_codes_rates_and_token_ids(
                 assert np.array_equal(shard.read(clip, slice(None)).ravel(), rows[seen, 64:])
                 assert shard.clip_ids[clip] == f"train.bin:{seen}"
                 assert shard.captions[clip] == CAPTIONS[seen % 5]
-                assert shard.token_ids(clip).tolist() == text.encode(CAPTIONS[seen % 5], None)
+                # The trainer of the original drops every <pad> of a record.
+                assert (shard.token_ids(clip) + 20000).tolist() == [i for i in rows[seen, :64] if i != PAD]
                 assert shard.fps[clip] == pytest.approx(4 / [4, 1, 3, 16, 0.5, 2, 7][seen])
                 seen += 1
     assert seen == 7 and verify([str(path) for path in paths]).failures == []
@@ -134,7 +135,8 @@ def test_training_reads_the_original_s_tokens_exactly(
     prepare_records([file], text, frames, RecordSettings(tmp_path / "film"))
     config = config_of(str(tmp_path / "film-*.h5"), inputs)
     summary = check_data(config, frames.fingerprint, text)
-    assert summary.train[0].skipped == 0 and summary.train[0].retokenized == 0
+    assert summary.train[0].skipped == 0 and summary.train[0].tokenized == 7
+    assert str(summary).endswith("; texts: stored token ids")
     dataset = StageDataset(config, open_sources(config.data.train, "data.train"), text, training=True)
     batch = dataset.batch(0, range(7))
     rows = {f"train.bin:{index}": row for index, row in enumerate(np.fromfile(file, "<i4").reshape(-1, 2064))}
@@ -153,7 +155,7 @@ def test_another_text_tokenizer_reads_the_captions_and_says_so(
     other = TextTokenizer((inputs / "text" / "text.model").read_bytes(), TextSettings(null_caption="a dog"))
     summary = check_data(config_of(str(tmp_path / "film-*.h5"), inputs), None, other)
     assert summary.train[0].retokenized == 7
-    assert "token ids of 7 clips are another text tokenizer's" in str(summary)
+    assert "texts: captions; token ids of 7 clips are another text tokenizer's and not used" in str(summary)
 
 
 def test_inspect_tells_the_token_ids(
@@ -164,7 +166,8 @@ def test_inspect_tells_the_token_ids(
         figures = statistics(shards)
     (made,) = figures["token_ids"]
     assert made["text_tokenizer"] == text.fingerprint
-    assert made["per_caption"]["max"] == max(len(text.encode(caption, None)) for caption in CAPTIONS)
+    rows = np.fromfile(file, "<i4").reshape(-1, 2064)
+    assert made["per_clip"]["max"] == (rows[:, :64] != PAD).sum(1).max()
     assert f"token ids of text tokenizer {text.fingerprint[:16]}" in describe(figures)
 
 
@@ -206,13 +209,37 @@ def test_a_stopped_run_continues_and_gives_the_same_bytes(
         prepare_records([file], text, frames, RecordSettings(settings.out, clips_per_shard=4))
 
 
-def test_rates_spelled_otherwise_are_read_and_told(
-    tmp_path: Path, text: TextTokenizer, frames: FrameTokenizer, caplog: pytest.LogCaptureFixture
+def test_rates_spelled_otherwise_are_read_and_trained_as_they_are_spelled(
+    tmp_path: Path, inputs: Path, text: TextTokenizer, frames: FrameTokenizer
 ) -> None:
-    file = write_records(tmp_path / "whole.bin", [make_record(text, 0, "4.0"), make_record(text, 1, "3")])
+    rows = [make_record(text, index, span) for index, span in enumerate(("4.0", "3", "3.0"))]
+    # As long as a text can be: "3.0" in place of its "3" would no longer fit into 64 places.
+    rows[1][:64] = np.resize(rows[1][: np.flatnonzero(rows[1] == PAD)[0]], 64)
+    file = write_records(tmp_path / "whole.bin", rows)
     summary = prepare_records([file], text, frames, RecordSettings(tmp_path / "film"))
-    assert Shard(summary.shards[0]).fps.tolist() == pytest.approx([1.0, 4 / 3])
-    assert "of 1 records are spelled anew" in caplog.text and "record 1 says '3秒'" in caplog.text
+    assert Shard(summary.shards[0]).fps.tolist() == pytest.approx([1.0, 4 / 3, 4 / 3])
+    config = config_of(str(tmp_path / "film-*.h5"), inputs)
+    check_data(config, frames.fingerprint, text)
+    dataset = StageDataset(config, open_sources(config.data.train, "data.train"), text, training=True)
+    batch = dataset.batch(0, range(3))
+    seen = {clip.split("[")[0]: text_BL for clip, text_BL in zip(batch.sample_ids, batch.texts, strict=True)}
+    for index, row in enumerate(rows):
+        text_BL, valid_BL = text.pad([seen[f"whole.bin:{index}"]], 64)
+        assert (text_BL[valid_BL] + 20000).tolist() == [token for token in row[:64] if token != PAD]
+    assert text.decode(seen["whole.bin:1"]).startswith("3秒<n>") and len(seen["whole.bin:1"]) == 64
+
+
+def test_a_dropped_caption_keeps_the_record_s_rate(
+    tmp_path: Path, inputs: Path, text: TextTokenizer, frames: FrameTokenizer
+) -> None:
+    file = write_records(tmp_path / "whole.bin", [make_record(text, 0, "3")])
+    prepare_records([file], text, frames, RecordSettings(tmp_path / "film"))
+    config = config_of(str(tmp_path / "film-*.h5"), inputs)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"caption_dropout": 1.0})})
+    dataset = StageDataset(config, open_sources(config.data.train, "data.train"), text, training=True)
+    (seen,) = dataset.batch(0, [0]).texts
+    rate = text.encode("3秒", None)
+    assert seen == [*rate, text.separator_id, *text.encode_null(None)]
 
 
 def changed(position: int, value: int) -> Callable[[np.ndarray], object]:
