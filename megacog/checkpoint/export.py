@@ -2,11 +2,11 @@
 
     <export>/config.yaml            the run's resolved configuration
     <export>/model-00001.safetensors ...  whole (unsharded, unpadded) tensors in their own dtype
-    <export>/manifest.json          format, plus sets, every file with size and sha256
+    <export>/manifest.json          format, every tensor's file, every file with size and sha256, steps of training
     <export>/text_tokenizer/  <export>/frame_tokenizer/
 
 Weights that come from elsewhere may be exported without tokenizers: such an export can be trained on with the
-tokenizers that the run names, and gives a clear error where its own are needed.
+tokenizers that the run names, gives a clear error where its own are needed, and can be given them later.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megacog.config.load import dump_config, load_config
-from megacog.config.schema import Config, Kernels, ModelConfig, PlusStage
+from megacog.config.schema import Config, Kernels, ModelConfig, PlusStage, Stage
 from megacog.errors import CheckpointError
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel, materialize
-from megacog.runtime.files import FolderKind, atomic_directory, sha256_file
+from megacog.runtime.files import FolderKind, atomic_directory, atomic_file, sha256_file
 from megacog.runtime.log import get_logger
 from megacog.runtime.tensor_files import Deferred, save_tensors, stored_bytes
 
 FORMAT = "megacog-export"
-KIND = FolderKind("manifest.json", FORMAT)
 VERSION = 1
 SHARD_BYTES = 4 * 2**30
 TEXT_TOKENIZER = "text_tokenizer"
 FRAME_TOKENIZER = "frame_tokenizer"
+TOKENIZERS = (TEXT_TOKENIZER, FRAME_TOKENIZER)
+_MANIFEST = "manifest.json"
+KIND = FolderKind(_MANIFEST, FORMAT)
 _logger = get_logger(__name__)
 
 
@@ -47,6 +50,10 @@ class Export:
     config: Config
     files: Mapping[str, str]
     """Tensor name -> file name."""
+    tokenizers: tuple[str, ...]
+    """Folders of the tokenizers inside; weights imported without them lack them."""
+    steps: Mapping[Stage, int]
+    """Steps that each stage's own weights were trained for, as far as it is known."""
     fingerprint: str
     """sha256 over the manifest: names, sizes and checksums of everything inside."""
 
@@ -68,16 +75,14 @@ class Export:
     def frame_tokenizer(self) -> Path:
         return self._tokenizer(FRAME_TOKENIZER)
 
-    @property
-    def tokenizers(self) -> tuple[str, ...]:
-        """Folders of the tokenizers inside; weights imported without them lack them."""
-        return tuple(name for name in (TEXT_TOKENIZER, FRAME_TOKENIZER) if (self.path / name).is_dir())
-
     def _tokenizer(self, name: str) -> Path:
-        if name not in self.tokenizers:
+        missing = [kind for kind in TOKENIZERS if kind not in self.tokenizers]
+        if name in missing:
+            flags = " ".join(f"--{kind.replace('_', '-')} FOLDER" for kind in missing)
             raise CheckpointError(
-                f"{self.path} holds no {name.replace('_', ' ')}: its weights were imported without one. Import them "
-                f"again with --{name.replace('_', '-')} FOLDER"
+                f"{self.path} holds no {' and no '.join(kind.replace('_', ' ') for kind in missing)}: its weights were "
+                f"imported without. Put in those that they were trained with: python launch/convert.py add-tokenizers "
+                f"{self.path} {flags}"
             )
         return self.path / name
 
@@ -101,6 +106,7 @@ def save_export(
     tensors: Mapping[str, Tensor | Deferred],
     text_tokenizer: Path | None,
     frame_tokenizer: Path | None,
+    steps: Mapping[Stage, int] | None = None,
 ) -> None:
     """Write an export; the folder appears, or replaces an older one, only when complete.
 
@@ -109,9 +115,10 @@ def save_export(
         config: The run's configuration, `boi_id` resolved.
         tensors: Whole tensors by parameter name.
         text_tokenizer, frame_tokenizer: Folders to copy in; None = the export holds none.
+        steps: See `Export.steps`.
     """
     with atomic_directory(path, KIND) as folder:
-        write_export(folder, config, tensors, text_tokenizer, frame_tokenizer)
+        write_export(folder, config, tensors, text_tokenizer, frame_tokenizer, steps)
 
 
 def write_export(
@@ -120,6 +127,7 @@ def write_export(
     tensors: Mapping[str, Tensor | Deferred],
     text_tokenizer: Path | None,
     frame_tokenizer: Path | None,
+    steps: Mapping[Stage, int] | None = None,
 ) -> None:
     """Fill an empty folder as `save_export` does: for writers that check it before it gets its name."""
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -128,11 +136,39 @@ def write_export(
         file = f"model-{index:05d}.safetensors"
         save_tensors({name: tensors[name] for name in names}, folder / file)
         placement.update(dict.fromkeys(names, file))
-    for source, name in ((text_tokenizer, TEXT_TOKENIZER), (frame_tokenizer, FRAME_TOKENIZER)):
+    for source, name in zip((text_tokenizer, frame_tokenizer), TOKENIZERS, strict=True):
         if source is not None:
             shutil.copytree(source, folder / name)
-    manifest = {"format": FORMAT, "version": VERSION, "tensors": placement, "files": _file_table(folder)}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "tensors": placement}
+    manifest |= {"files": _file_table(folder), "steps": dict(steps or {})}
+    (folder / _MANIFEST).write_text(_manifest_text(manifest))
+
+
+def add_tokenizers(export: Export, text_tokenizer: Path | None, frame_tokenizer: Path | None) -> None:
+    """Put tokenizers into an export that lacks them; it holds them from the moment its manifest is replaced.
+
+    Args:
+        export: Opened before; open it again afterwards.
+        text_tokenizer, frame_tokenizer: Folders to copy in; None = none is added.
+
+    Raises:
+        CheckpointError: It holds such a tokenizer already.
+        EnvError: The disk is full; the export is as it was.
+    """
+    given = dict(zip(TOKENIZERS, (text_tokenizer, frame_tokenizer), strict=True))
+    manifest = json.loads((export.path / _MANIFEST).read_text())
+    for name, source in given.items():
+        if source is None:
+            continue
+        if name in export.tokenizers:
+            raise CheckpointError(f"{export.path} holds a {name.replace('_', ' ')} already, which is not replaced")
+        target = export.path / name
+        shutil.rmtree(target, ignore_errors=True)  # what a stopped command left; no manifest lists it
+        with atomic_directory(target) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+        manifest["files"] |= {f"{name}/{file}": record for file, record in _file_table(target).items()}
+    with atomic_file(export.path / _MANIFEST, "w") as file:
+        file.write(_manifest_text(manifest))
 
 
 def open_export(path: Path, verify: bool = False) -> Export:
@@ -141,7 +177,7 @@ def open_export(path: Path, verify: bool = False) -> Export:
     Raises:
         CheckpointError: Not an export, or incomplete or damaged.
     """
-    manifest_path = path / "manifest.json"
+    manifest_path = path / _MANIFEST
     if not manifest_path.is_file():
         raise CheckpointError(f"{path} has no manifest.json, so it is no export; give the `export` folder of a run")
     try:
@@ -153,13 +189,15 @@ def open_export(path: Path, verify: bool = False) -> Export:
             )
         files, tensors = dict(manifest["files"]), dict(manifest["tensors"])
         inside = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in files.items()}
+        steps = {stage: int(count) for stage, count in manifest.get("steps", {}).items()}
         if not inside.keys() >= {"config.yaml", *tensors.values()}:
             raise ValueError("it does not list every file")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest_path} is damaged ({error!r}); export the run again") from error
     for name, record in files.items():
         _check_file(path / name, record, verify)
-    return Export(path, load_config(path / "config.yaml"), tensors, sha256_file(manifest_path))
+    tokenizers = tuple(name for name in TOKENIZERS if any(file.startswith(f"{name}/") for file in files))
+    return Export(path, load_config(path / "config.yaml"), tensors, tokenizers, steps, sha256_file(manifest_path))
 
 
 def load_tensors(model: CogVideo, source: Callable[[str], Tensor], names: Iterable[str]) -> None:
@@ -238,6 +276,10 @@ def _shards(tensors: Mapping[str, Tensor | Deferred]) -> Iterator[list[str]]:
         names.append(name)
         size += tensor.nbytes
     yield names
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=True) + "\n"
 
 
 def _file_table(folder: Path) -> dict[str, dict[str, int | str]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-from megacog.checkpoint.export import FRAME_TOKENIZER, TEXT_TOKENIZER, Export, open_export
+from megacog.checkpoint.export import FRAME_TOKENIZER, TEXT_TOKENIZER, Export, add_tokenizers, open_export
 from megacog.config.schema import Stage
 from megacog.errors import CheckpointError, ConfigError, DataError
 from megacog.interop import exporting, parity
@@ -31,12 +31,16 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     sat = commands.add_parser("export-sat", help="export -> checkpoint folder of the original", description=_EXPORT_SAT)
     _add_export(sat, _export_sat)
     sat.add_argument("--ranks", type=int, default=1, help="model-parallel ranks (default 1)")
-    sat.add_argument("--iteration", type=int, help="number of the inner folder (default: the run's train.steps)")
+    sat.add_argument("--iteration", type=int, help="number of the inner folder (default: the stage's steps, if known)")
     tensors = commands.add_parser(
         "export-safetensors", help="export -> one safetensors file", description=_EXPORT_SAFETENSORS
     )
     _add_export(tensors, _export_safetensors)
     _add_parity(commands.add_parser("parity", help="our numbers against the original's", description=_PARITY))
+    add = commands.add_parser("add-tokenizers", help="put tokenizers into an export", description=_ADD_TOKENIZERS)
+    add.add_argument("export", type=Path, metavar="EXPORT")
+    _add_tokenizer_folders(add)
+    add.set_defaults(command=_add_tokenizers)
     verify = commands.add_parser("verify", help="check every byte and name of an export", description=_VERIFY)
     verify.add_argument("export", type=Path, metavar="EXPORT")
     verify.set_defaults(command=_verify)
@@ -52,6 +56,8 @@ _EXPORT_SAFETENSORS = """Write one stage's weights as model.safetensors under th
 model_config.json; import-sat reads it back."""
 _PARITY = """Compute what a parity file holds (logits, loss, gradients of the original) with our model and compare.
 Exit code 1 if a relative difference, max|a-b| / max|b|, is above the tolerance."""
+_ADD_TOKENIZERS = """Put a text tokenizer, a frame tokenizer or both into an export that was imported without them,
+after checking that they are its model's."""
 _VERIFY = """Check sizes and checksums of all files of an export, and that its tensors and its tokenizers are those of
 its model."""
 
@@ -65,9 +71,13 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="key=value", help="override a key of --config; repeatable")
     add("--stages", nargs="+", default=[], choices=_STAGES, help="what each DIR holds, where it does not say")
     add("--base-from", type=Path, metavar="DIR", help="take the base of this DIR when they differ")
-    add("--text-tokenizer", type=Path, metavar="FOLDER", help="text tokenizer to put in")
-    add("--frame-tokenizer", type=Path, metavar="FOLDER", help="frame tokenizer to put in")
+    _add_tokenizer_folders(parser)
     parser.set_defaults(command=_import_sat)
+
+
+def _add_tokenizer_folders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text-tokenizer", type=Path, metavar="FOLDER", help="text tokenizer to put in")
+    parser.add_argument("--frame-tokenizer", type=Path, metavar="FOLDER", help="frame tokenizer to put in")
 
 
 def _add_export(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
@@ -118,7 +128,7 @@ def _export_sat(options: argparse.Namespace) -> int:
     return_large_blocks()
     export = open_export(options.export)
     stage = exporting.stage_to_export(export, options.stage)
-    iteration = export.config.train.steps if options.iteration is None else options.iteration
+    iteration = exporting.iteration_of(export, stage, options.iteration)
     exporting.export_sat(export, options.out, stage, options.ranks, iteration)
     print(f"{options.out}: {stage}, iteration {iteration}, {options.ranks} model-parallel ranks")
     return 0
@@ -171,6 +181,16 @@ def _table(rows: list[parity.Difference], tolerance: float) -> list[str]:
         verdict = "" if row.relative <= tolerance else f"  above {tolerance:g}"
         lines.append(f"{row.name:{width}}  {row.max_abs:9.2e}  {row.relative:9.2e}{verdict}")
     return lines
+
+
+def _add_tokenizers(options: argparse.Namespace) -> int:
+    if options.text_tokenizer is None and options.frame_tokenizer is None:
+        raise ConfigError("there is nothing to add; give --text-tokenizer FOLDER, --frame-tokenizer FOLDER or both")
+    export = open_export(options.export)
+    GivenTokenizers(options.text_tokenizer, options.frame_tokenizer).require(export.model)
+    add_tokenizers(export, options.text_tokenizer, options.frame_tokenizer)
+    print(f"{options.export}: {' and '.join(open_export(options.export).tokenizers)}")
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -40,6 +40,23 @@ def stage_to_export(export: Export, stage: Stage | None) -> Stage:
     return stage
 
 
+def iteration_of(export: Export, stage: Stage, given: int | None) -> int:
+    """The number of the inner folder: the one given, else the steps that the stage was trained for.
+
+    Raises:
+        ConfigError: None is given and the export does not know the steps, or it is negative.
+    """
+    if given is None and stage not in export.steps:
+        raise ConfigError(
+            f"{export.path} does not say for how many steps its {stage} weights were trained; give the number that the "
+            "inner folder gets by --iteration"
+        )
+    iteration = export.steps[stage] if given is None else given
+    if iteration < 0:
+        raise ConfigError(f"--iteration {iteration} must not be negative")
+    return iteration
+
+
 def export_sat(export: Export, out: Path, stage: Stage, ranks: int, iteration: int) -> None:
     """Write a checkpoint folder of SwissArmyTransformer; it appears when complete.
 
@@ -51,11 +68,9 @@ def export_sat(export: Export, out: Path, stage: Stage, ranks: int, iteration: i
         iteration: Number of the inner folder.
 
     Raises:
-        ConfigError: The ranks do not divide the model, or the iteration is negative.
+        ConfigError: The ranks do not divide the model.
         EnvError: `out` exists, or there is too little space.
     """
-    if iteration < 0:
-        raise ConfigError(f"--iteration {iteration} must not be negative")
     require_ranks(export.model, ranks)
     entries = original_entries(export.model, stage)
     # Tensors lie twice on the disk while a rank's file is written.

@@ -111,7 +111,9 @@ def import_sat(folders: Sequence[Path], out: Path, options: ImportOptions) -> Im
     require_space(out, size)
     start = time.monotonic()
     with atomic_directory(out, KIND if options.force else None) as folder:
-        write_export(folder, config, tensors, options.text_tokenizer, options.frame_tokenizer)
+        steps = {source.stage: source.tensors.folder.iteration for source in sources}
+        known = {stage: number for stage, number in steps.items() if number}
+        write_export(folder, config, tensors, options.text_tokenizer, options.frame_tokenizer, known)
         seconds = time.monotonic() - start
         _logger.info("written: %.2f GB in %.0f s; comparing logits with the source's", size / 1e9, seconds)
         export = open_export(folder)
@@ -139,8 +141,7 @@ def _open(folders: Sequence[Path], options: ImportOptions, tokenizers: GivenToke
     config = _config(opened, stages, given, options)
     if config.model.boi_id is None:
         raise ConfigError("model.boi_id is not set; give the id of the start-of-image piece (icetk: 130000)")
-    if problems := tokenizers.problems(config.model):
-        raise ConfigError("the tokenizers do not fit the model: " + "; ".join(problems))
+    tokenizers.require(config.model)
     sources = []
     for tensors, stage in zip(opened, stages, strict=True):
         entries = original_entries(config.model, stage)

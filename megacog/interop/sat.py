@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ class SatTensors:
             if problems:
                 raise _differs(file, problems, "The model that is expected differs, or the file is another one")
         self._require_all_ranks(entries)
+        self._require_no_copy(entries)
         whole = {key: self._whole_shape(entry) for key, entry in entries.items()}
         problems = shape_problems(whole, entries) + self._rank_problems(entries)
         if problems:
@@ -158,6 +160,18 @@ class SatTensors:
                 f"{self.path}: each file holds 1/{int(size)} of every tensor, so {missing} of {int(size)} "
                 "model-parallel ranks are missing; copy them beside the others"
             )
+
+    def _require_no_copy(self, entries: Mapping[str, Entry]) -> None:
+        """A file that was copied over another rank's holds the same part of everything that ranks share out."""
+        cut = [entry.key for entry in entries.values() if entry.shard is not None]
+        files = list(zip(self.folder.files, self._ranks, strict=True))
+        for (first, ours), (second, theirs) in combinations(files, 2):
+            # Single parts may be equal, such as biases that are 0. Small ones first: most pairs end there.
+            if all(same_bits(ours[key], theirs[key]) for key in sorted(cut, key=lambda key: ours[key].numel())):
+                raise CheckpointError(
+                    f"{first} and {second} hold the same part of every tensor, so one is a copy of the other; copy or "
+                    "download both again"
+                )
 
     def _rank_problems(self, entries: Mapping[str, Entry]) -> list[str]:
         first, problems = self._ranks[0], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megacog.config.schema import ModelConfig
-from megacog.errors import DataError
+from megacog.errors import ConfigError, DataError
 from megacog.runtime.log import get_logger
 from megacog.tokenizers.frames import FrameTokenizer, load_frame_tokenizer
 from megacog.tokenizers.icetk_vqvae import IcetkVqvae, IcetkVqvaeConfig
@@ -35,6 +35,13 @@ class GivenTokenizers:
             _require_folder(frames, "frame")
         self._text: TextTokenizer | None = None if text is None else TextTokenizer.load(text)
         self._frames: FrameTokenizer | None = None if frames is None else load_frame_tokenizer(frames)
+
+    def require(self, model: ModelConfig) -> None:
+        """Raises:
+        ConfigError: They do not fit a model.
+        """
+        if problems := self.problems(model):
+            raise ConfigError("the tokenizers do not fit the model: " + "; ".join(problems))
 
     def problems(self, model: ModelConfig) -> list[str]:
         """A line for each thing in which they do not fit a model; a warning is logged for what is merely unusual."""

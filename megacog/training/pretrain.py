@@ -55,6 +55,8 @@ from megacog.training.state import Resumed, RunState, load_checkpoint, shapes_of
 log = logs.get_logger(__name__)
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_KINDS = {"text": "text tokenizer", "frames": "frame tokenizer"}
+"""Key of the `tokenizer` section -> in words."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,10 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     checkpoint = find_checkpoint(run_dir, config.train.resume)
     export = open_inherited(config) if checkpoint is None else None  # a resumed run has its own copy
     if export is not None:
-        check_tokenizers(tokenizers, fingerprints_of(export), export.path)
+        theirs = fingerprints_of(export)
+        check_tokenizers(tokenizers, theirs, export.path)
+        for kind in sorted(_KINDS.keys() - theirs.keys()) if ranks.rank == 0 else ():
+            log.warning("%s holds no %s; the run's own is taken to be its weights'", export.path, _KINDS[kind])
 
     seed_everything(config.train.seed + groups.data_rank)
     model, resumed, sources = build_model(config, groups, device, export, checkpoint)
@@ -206,7 +211,13 @@ def resolve(config: Config, tokenizers: Tokenizers) -> Config:
             f"of {config.tokenizer.frames}"
         )
     if model.boi_id not in (None, text.boi_id):
-        problems.append(f"model.boi_id {model.boi_id} is not the tokenizer's {text.boi_id}; leave it out")
+        mend = "leave model.boi_id out"
+        if model.inherit is not None:
+            mend = f"set tokenizer.text to the text tokenizer that the weights of {model.inherit} were trained with"
+        problems.append(
+            f"<start_of_image> is piece {text.boi_id} of {config.tokenizer.text}, not model.boi_id {model.boi_id}; "
+            f"{mend}"
+        )
     if config.samples.every:
         if config.train.stage == "interpolation" and not config.data.eval:
             problems.append("samples.every in the interpolation stage needs data.eval: its clips are filled in")
@@ -232,13 +243,11 @@ def check_tokenizers(tokenizers: Tokenizers, theirs: Mapping[str, str], path: Pa
     CheckpointError: The weights in `path`, an export or a checkpoint, were trained with other tokenizers.
     """
     ours = tokenizers.fingerprints
-    for kind in ours.keys() - theirs.keys():
-        log.warning("%s holds no %s tokenizer; the run's own is taken to be the one of its weights", path, kind)
     different = [kind for kind in ours if kind in theirs and theirs[kind] != ours[kind]]
     if different:
         raise CheckpointError(
-            f"{path} was trained with another {' and '.join(different)} tokenizer; its weights mean nothing "
-            f"with this one. Set tokenizer.{different[0]} to the one that it was trained with"
+            f"{path} was trained with another {' and '.join(_KINDS[kind] for kind in different)}; its weights mean "
+            f"nothing with this one. Set tokenizer.{different[0]} to the one that it was trained with"
         )
 
 

@@ -19,8 +19,8 @@ from megacog.runtime.log import get_logger
 log = get_logger(__name__)
 
 _SHAPE_KEYS = (
-    "num_layers", "hidden_size", "num_heads", "ffn", "grid", "image_vocab_size", "text_vocab_size", "boi_id",
-    "text_positions", "base_position_rows", "layernorm_eps",
+    "num_layers", "hidden_size", "num_heads", "ffn", "grid", "image_vocab_size", "text_vocab_size", "text_positions",
+    "base_position_rows", "layernorm_eps",
 )  # fmt: skip
 """What the base must share with a model that inherits it."""
 _DIGEST_SHOWN = 16
@@ -36,6 +36,12 @@ def open_inherited(config: Config) -> Export | None:
     if config.model.inherit is None:
         return None
     export = open_export(Path(config.model.inherit))
+    if export.model.boi_id != config.model.boi_id:  # ours is the tokenizer's
+        raise CheckpointError(
+            f"{config.tokenizer.text} is not the text tokenizer of model.inherit {export.path}: <start_of_image> is "
+            f"piece {config.model.boi_id} in it and {export.model.boi_id} there. Set tokenizer.text to the one that "
+            "the weights were trained with"
+        )
     problems = _differences(export.model, config.model, _SHAPE_KEYS)
     if export.plus and config.train.stage != "base":
         problems += _differences(export.model, config.model, ("plus_position_rows",))

@@ -240,7 +240,8 @@ class RunState:
 
         def write() -> None:
             tensors.update({name: self._carried_tensor(name) for name in self._carried})
-            save_export(path, self._config, tensors, text_tokenizer, frame_tokenizer)
+            steps = {self._config.train.stage: self._config.train.steps}
+            save_export(path, self._config, tensors, text_tokenizer, frame_tokenizer, steps)
 
         on_rank_0(write)
         return path

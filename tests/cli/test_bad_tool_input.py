@@ -244,6 +244,8 @@ def test_an_output_folder_that_cannot_be_made_is_named(command: Command, world: 
 
 # ---- convert ---------------------------------------------------------------------------------------------------------
 
+TO_SAT = ("export-sat", "{export}", "--stage", "base", "--iteration", "1")
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
@@ -254,9 +256,12 @@ def test_an_output_folder_that_cannot_be_made_is_named(command: Command, world: 
         (["import-sat", "{world}/file", "--out", "{world}/videos"], 1, "videos exists already"),
         (["import-sat", "{world}/file", "--out", "{world}/videos", "--force"], 1, "something else and is not replaced"),
         (["export-sat", "{world}/videos", "--out", "{out}"], 1, "videos has no manifest.json"),
-        (["export-sat", "{export}", "--out", "{out}", "--stage", "base", "--ranks", "0"], 75, "0 ranks do not divide"),
+        (["export-sat", "{export}", "--out", "{out}", "--stage", "base"], 75, "by --iteration"),
+        ([*TO_SAT, "--out", "{out}", "--ranks", "0"], 75, "0 ranks do not divide"),
         (["export-safetensors", "{export}", "--out", "{out}"], 1, "choose one by --stage"),
-        (["export-sat", "{export}", "--out", "{world}/videos", "--stage", "base"], 1, "exists already"),
+        ([*TO_SAT, "--out", "{world}/videos"], 1, "exists already"),
+        (["add-tokenizers", "{export}"], 75, "nothing to add"),
+        (["add-tokenizers", "{export}", "--text-tokenizer", "{world}/nowhere"], 1, "nowhere does not exist; run"),
         (["parity", "{world}/file"], 1, "file cannot be read as safetensors"),
         (["parity", "{export}/model-00001.safetensors"], 1, "metadata stage is None, expected a number"),
         (["verify", "{world}/inputs"], 1, "inputs has no manifest.json"),

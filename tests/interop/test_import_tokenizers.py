@@ -11,6 +11,7 @@ import pytest
 from sat_files import sat_model, write_sat
 from small_icetk import small_vqvae, write_text_model
 
+from megacog.checkpoint import export as exports
 from megacog.checkpoint.export import FRAME_TOKENIZER, open_export
 from megacog.config.schema import ModelConfig
 from megacog.errors import CheckpointError, ConfigError, DataError
@@ -20,6 +21,7 @@ from megacog.interop.sat import SatTensors
 from megacog.interop.tokenizers import GivenTokenizers
 from megacog.runtime.files import sha256_file
 from megacog.tokenizers.frames import load_frame_tokenizer, write_frame_tokenizer
+from megacog.tokenizers.icetk_vqvae import IcetkVqvae, IcetkVqvaeConfig
 
 
 def run(command: str, *arguments: object) -> int:
@@ -109,6 +111,62 @@ def test_what_is_no_tokenizer_folder_is_refused_before_weights_are_opened(
         with pytest.raises(DataError, match=message):
             imports(given, tmp_path, **{kind: tmp_path / name})
     assert not (tmp_path / "export").exists()
+
+
+def bare(given: Given, folder: Path) -> Path:
+    """An export without tokenizers."""
+    config = configured(folder / "config.yaml", given.model)
+    assert run("import-sat", given.sat, "--out", folder / "bare", "--config", config) == 0
+    return folder / "bare"
+
+
+def test_tokenizers_are_added_to_an_export_later_and_verified(
+    given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, export = imports(given, tmp_path), bare(given, tmp_path)
+    weights = {path.name: path.stat().st_mtime_ns for path in export.iterdir() if path.suffix == ".safetensors"}
+    assert run("add-tokenizers", export, "--text-tokenizer", given.text) == 0
+    with pytest.raises(CheckpointError, match=f"add-tokenizers {export} --frame-tokenizer FOLDER$"):
+        _ = open_export(export).frame_tokenizer
+    assert run("add-tokenizers", export, "--frame-tokenizer", given.frames) == 0
+    assert run("verify", export) == 0
+    assert "text_tokenizer and frame_tokenizer" in capsys.readouterr().out
+    one, other = (json.loads((folder / "manifest.json").read_text()) for folder in (whole, export))
+    del one["files"]["config.yaml"], other["files"]["config.yaml"]  # names the folders that import-sat was given
+    assert one == other
+    assert all((export / name).stat().st_mtime_ns == time for name, time in weights.items())
+    with pytest.raises(CheckpointError, match="holds a text tokenizer already"):
+        run("add-tokenizers", export, "--text-tokenizer", given.text)
+    with pytest.raises(ConfigError, match="nothing to add"):
+        run("add-tokenizers", export)
+
+
+def test_tokenizers_of_another_model_are_not_added(given: Given, tmp_path: Path) -> None:
+    export = bare(given, tmp_path)
+    before = {path: path.read_bytes() for path in export.rglob("*") if path.is_file()}
+    (tmp_path / "other").mkdir()
+    write_frame_tokenizer(tmp_path / "other", IcetkVqvae(IcetkVqvaeConfig(width=32, code_dim=4, codebook_size=100)))
+    with pytest.raises(ConfigError, match="do not fit the model: .*other has 100 codes"):
+        run("add-tokenizers", export, "--text-tokenizer", given.text, "--frame-tokenizer", tmp_path / "other")
+    with pytest.raises(DataError, match="--text-tokenizer .*nothing does not exist"):
+        run("add-tokenizers", export, "--text-tokenizer", tmp_path / "nothing")
+    assert {path: path.read_bytes() for path in export.rglob("*") if path.is_file()} == before
+
+
+def test_an_addition_that_is_stopped_adds_nothing_and_can_be_made_again(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = bare(given, tmp_path)
+    before = open_export(export).fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(exports, "_manifest_text", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("add-tokenizers", export, "--text-tokenizer", given.text, "--frame-tokenizer", given.frames)
+    assert (export / "text_tokenizer").is_dir()
+    stopped = open_export(export, verify=True)
+    assert stopped.tokenizers == () and stopped.fingerprint == before
+    assert run("add-tokenizers", export, "--text-tokenizer", given.text, "--frame-tokenizer", given.frames) == 0
+    assert run("verify", export) == 0 and open_export(export).fingerprint != before
 
 
 def test_verify_finds_a_tokenizer_of_another_model(given: Given, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,7 +131,7 @@ def test_model_config_json_suffices_for_icetk_vocabularies(tmp_path: Path) -> No
     export = open_export(out, verify=True)
     assert export.model == model and export.tokenizers == ()
     assert export.config.generation.preset == "cogvideo" and export.config.generation.sampler == "clusters"
-    with pytest.raises(CheckpointError, match="holds no frame tokenizer.*--frame-tokenizer"):
+    with pytest.raises(CheckpointError, match="no frame tokenizer.*add-tokenizers .*--frame-tokenizer"):
         _ = export.frame_tokenizer
 
 
@@ -252,6 +253,41 @@ def test_an_exported_stage_is_the_original_file_again(tmp_path: Path, export: Pa
     assert open_export(tmp_path / "again").model == open_export(export).model
 
 
+def test_the_iteration_is_the_stage_s_own_or_is_asked_for(tmp_path: Path, config: Path) -> None:
+    folders = [
+        write_sat(tmp_path / stage, sat_model(), stage, iteration=iteration)
+        for stage, iteration in (("base", "release"), ("sequential", 27000), ("interpolation", 38000))
+    ]
+    assert run("import-sat", *folders, "--out", tmp_path / "export", "--config", config) == 0
+    for stage, iteration in (("sequential", "27000"), ("interpolation", "38000")):
+        assert run("export-sat", tmp_path / "export", "--out", tmp_path / f"{stage}-sat", "--stage", stage) == 0
+        assert (tmp_path / f"{stage}-sat" / "latest").read_text() == iteration
+    arguments = ("export-sat", tmp_path / "export", "--out", tmp_path / "base-sat", "--stage", "base")
+    with pytest.raises(ConfigError, match="for how many steps its base weights were trained; .* by --iteration"):
+        run(*arguments)
+    with pytest.raises(ConfigError, match="--iteration -1 must not be negative"):
+        run(*arguments, "--iteration", -1)
+    assert not (tmp_path / "base-sat").exists()
+    assert run(*arguments, "--iteration", 0) == 0 and (tmp_path / "base-sat/latest").read_text() == "0"
+
+
+@pytest.mark.parametrize(("command", "ranks"), [("export-sat", 1), ("export-sat", 2), ("export-safetensors", 1)])
+def test_an_export_that_the_disk_cannot_hold_is_refused_before_it_is_written(
+    tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch, command: str, ranks: int
+) -> None:
+    weights = sum(tensor.nbytes for tensor in original_weights(sat_model(), "sequential").values())
+    # Of each tensor a rank's part lies twice on the disk while its file is written.
+    needed = weights * (ranks + 1) // ranks if command == "export-sat" else weights
+    arguments = (command, export, "--out", tmp_path / "out", "--stage", "sequential")
+    arguments += ("--ranks", ranks) if command == "export-sat" else ()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(EnvError, match=f"out: not enough disk space: {needed} bytes"):
+        run(*arguments)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    assert run(*arguments) == 0
+
+
 def test_both_stages_go_out_and_come_back_bitwise(tmp_path: Path, export: Path) -> None:
     folders = [tmp_path / stage for stage in BOTH]
     for stage, folder in zip(BOTH, folders, strict=True):
@@ -274,14 +310,12 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path, export: Path) -> Non
     with pytest.raises(CheckpointError, match="holds base, sequential, interpolation; choose one by --stage"):
         run("export-sat", export, "--out", out)
     with pytest.raises(ConfigError, match="3 ranks do not divide 40 vocabulary rows and 4 heads.*possible: 1, 2, 4"):
-        run("export-sat", export, "--out", out, "--stage", "base", "--ranks", 3)
-    with pytest.raises(ConfigError, match="--iteration -5 must not be negative"):
-        run("export-sat", export, "--out", out, "--stage", "base", "--iteration=-5")
+        run("export-sat", export, "--out", out, "--stage", "sequential", "--ranks", 3)
     assert not out.exists()
     out.mkdir()
     (out / "mine").touch()
     with pytest.raises(EnvError, match="exists already"):
-        run("export-sat", export, "--out", out, "--stage", "base")
+        run("export-sat", export, "--out", out, "--stage", "sequential")
 
 
 def test_verify_checks_bytes_and_names(tmp_path: Path, export: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,6 +448,23 @@ def test_ranks_that_disagree_about_what_each_holds_whole_are_refused(tmp_path: P
     torch.save(content, path)
     with pytest.raises(CheckpointError, match="transformer.final_layernorm.bias differs between ranks 0 and 1"):
         run("import-sat", folder, "--out", tmp_path / "export", "--config", config)
+
+
+def test_a_rank_s_file_that_is_a_copy_of_another_one_s_is_refused(tmp_path: Path, config: Path) -> None:
+    model = sat_model()
+    weights = original_weights(model, "sequential")
+    for key in weights:  # what every rank has alike before training: no sign of a copy
+        if key.endswith("query_key_value.bias") or "query_key_value.0" in key:
+            weights[key] = torch.zeros_like(weights[key])
+    folder = write_sat(tmp_path / "sat", model, "sequential", weights, ranks=4)
+    arguments = (folder, "--out", tmp_path / "export", "--config", config)
+    assert run("import-sat", *arguments) == 0
+    shutil.rmtree(tmp_path / "export")
+    paths = [folder / f"27000/mp_rank_{rank:02d}_model_states.pt" for rank in range(4)]
+    shutil.copy(paths[1], paths[3])
+    with pytest.raises(CheckpointError, match=f"{paths[1]} and {paths[3]} hold the same part of every tensor"):
+        run("import-sat", *arguments)
+    assert not (tmp_path / "export").exists()
 
 
 def test_a_packed_zip_a_file_and_nothing_are_no_folders(tmp_path: Path, config: Path) -> None:

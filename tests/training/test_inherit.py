@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 from sat_files import original_weights, sat_model, write_sat
-from tiny_run import CODEBOOK, GRID, make_inputs, settings, write_config
+from tiny_run import CAPTIONS, CODEBOOK, GRID, make_inputs, settings, write_config
 from torch import Tensor
 
 from megacog.checkpoint.digest import TensorDigest
 from megacog.checkpoint.export import open_export
 from megacog.config.schema import Config, ModelConfig
-from megacog.errors import CheckpointError
+from megacog.errors import CheckpointError, ConfigError
 from megacog.interop import main as convert
 from megacog.model.transformer import CogVideo
+from megacog.tokenizers import text
 from megacog.tokenizers.text import TextTokenizer
 from megacog.training import pretrain
 from megacog.training.start import open_inherited, start_weights
@@ -94,7 +96,7 @@ def test_a_bf16_run_keeps_the_inherited_fp16_base_bitwise_and_tells_everything_i
     config = str(write_config(tmp_path / "run.yaml", values))
     with caplog.at_level(logging.INFO, logger="megacog"):
         assert pretrain.main(["--config", config]) == 0
-    assert "holds no text tokenizer" in caplog.text and "holds no frames tokenizer" in caplog.text
+    assert "holds no text tokenizer" in caplog.text and "holds no frame tokenizer" in caplog.text
     before, after = open_export(coglm), open_export(tmp_path / "run/export", verify=True)
     assert len(before.files) == 2 * 16 + 5
     for name in before.files:
@@ -158,5 +160,25 @@ def test_a_released_stage_is_trained_on_beside_the_idle_one(
 
 
 def test_a_missing_tokenizer_is_named_where_one_is_needed(coglm: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no text tokenizer.*--text-tokenizer FOLDER"):
+    command = f"add-tokenizers {coglm} --text-tokenizer FOLDER --frame-tokenizer FOLDER"
+    with pytest.raises(CheckpointError, match=f"holds no text tokenizer and no frame tokenizer.*{command}"):
         _ = open_export(coglm).text_tokenizer
+
+
+def test_a_text_tokenizer_of_other_weights_is_named_and_not_the_model_section(
+    inputs: Path, model: ModelConfig, coglm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "SPECIAL_PIECES", text.SPECIAL_PIECES[::-1])
+    text.train_text_tokenizer(CAPTIONS, tmp_path / "other", 96)
+    other = TextTokenizer.load(tmp_path / "other").boi_id
+    assert other != model.boi_id
+    for boi_id in (model.boi_id, None):  # said in the model section, or left to the tokenizer
+        values = run_settings(inputs, model, tmp_path, "sequential")
+        values["model"] |= {"inherit": str(coglm), "boi_id": boi_id}
+        values["tokenizer"] = values["tokenizer"] | {"text": str(tmp_path / "other")}
+        with pytest.raises((ConfigError, CheckpointError)) as caught:
+            pretrain.main(["--config", str(write_config(tmp_path / "run.yaml", values))])
+        message = str(caught.value)
+        assert f"<start_of_image> is piece {other} " in message and f" {model.boi_id}" in message
+        assert re.search("[Ss]et tokenizer.text to the ", message)
+        assert "leave" not in message and "model section" not in message
