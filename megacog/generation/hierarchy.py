@@ -179,6 +179,8 @@ class ClipGenerator:
         self.frames = frames
         self.settings = settings
         self.on_frame = on_frame
+        self.on_pixels: Callable[[int], None] | None = None
+        """Called with the number of frames just decoded to pixels."""
         self.num_frames = model.config.num_frames
         clusters = clusters_for(settings, frames)
         self.clusters = clusters.to(model.device) if clusters is not None else None
@@ -331,7 +333,7 @@ class ClipGenerator:
         first_frame = clip.shown_frames
         clip.shown_frames += len(codes_TP)
         height, width = self.model.config.grid
-        frames_THWC = self.frames.decode(codes_TP.view(-1, height, width)).cpu().numpy()
+        frames_THWC = self.frames.decode(codes_TP.view(-1, height, width), self.on_pixels).cpu().numpy()
         return ClipChunk(clip.index, first_frame, frames_THWC, codes_TP, clip.plan.fps, clip.finished)
 
 

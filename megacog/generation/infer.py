@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ from megacog.tokenizers.text import TextTokenizer
 RESULTS = "results.jsonl"
 # Frames on a contact sheet: 33 frames of a default clip fit.
 _SHEET_FRAMES = 36
+# Of a prompt in file names, which may have 255 with numbers and endings.
+_SLUG_BYTES = 60
 # Longest side of an enlarged frame: what H.264 players can show.
 _MAX_PIXELS = 4096
 _logger = log.get_logger(__name__)
@@ -60,8 +63,9 @@ class Job:
 
 
 def slug(text: str) -> str:
-    """A file name part made of [a-z0-9-], at most 40 characters, possibly empty."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
+    """A file name part: letters and digits of any script and dashes, at most 60 bytes of UTF-8, possibly empty."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", text).lower()).strip("-")
+    return words.encode()[:_SLUG_BYTES].decode(errors="ignore").strip("-")
 
 
 def clip_stem(index: int, text: str, sample: int, samples: int) -> str:
@@ -191,15 +195,16 @@ class ClipFiles:
 
 
 class FrameMeter:
-    """Progress over sampled frames: a bar on a terminal, a line now and then elsewhere."""
+    """Progress over frames: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, doing: str = "sampling") -> None:
         from tqdm import tqdm
 
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total, desc="sampling", unit="frame", disable=not terminal, dynamic_ncols=True, mininterval=0.2
+            total=total, desc=doing, unit="frame", disable=not terminal, dynamic_ncols=True, mininterval=0.2
         )
+        self._doing = doing
         self._total, self._done, self._terminal = total, 0, terminal
         self._last_line = time.monotonic()
 
@@ -208,7 +213,7 @@ class FrameMeter:
         self._bar.update(frames)
         if not self._terminal and time.monotonic() - self._last_line > 10:
             self._last_line = time.monotonic()
-            _logger.info("sampling: %d of %d frames", self._done, self._total)
+            _logger.info("%s: %d of %d frames", self._doing, self._done, self._total)
 
     def close(self) -> None:
         """Leave the terminal in order."""
@@ -336,12 +341,12 @@ def run_jobs(
     """Generate every job's clip, write its files and its line in `results`; returns the number of frames written."""
     settings, num_frames = generator.settings, generator.num_frames
     given_counts = [0 if job.request.given_KP is None else len(job.request.given_KP) for job in jobs]
+    plans = [plan_clip(job.request.seconds, num_frames, settings) for job in jobs]
     total = sum(
-        sampled_frames(plan_clip(job.request.seconds, num_frames, settings), num_frames, given, settings)
-        for job, given in zip(jobs, given_counts, strict=True)
+        sampled_frames(plan, num_frames, given, settings) for plan, given in zip(plans, given_counts, strict=True)
     )
-    meter = FrameMeter(total)
-    generator.on_frame = meter
+    sampled, decoded = FrameMeter(total), FrameMeter(sum(plan.frames for plan in plans), "decoding to pixels")
+    generator.on_frame, generator.on_pixels = sampled, decoded
     written = 0
     start = time.monotonic()
     try:
@@ -357,7 +362,8 @@ def run_jobs(
                     _write_result(results, **_record(jobs[chunk.clip], clip, export, settings, wall_seconds))
                     written += clip.num_frames
     finally:
-        meter.close()
+        sampled.close()
+        decoded.close()
     return written
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import get_args
 
 from megacog.checkpoint.export import FRAME_TOKENIZER, TEXT_TOKENIZER, Export, add_tokenizers, open_export
-from megacog.config.schema import Stage
+from megacog.config.load import load_config
+from megacog.config.schema import PlusStage, Stage
 from megacog.errors import CheckpointError, ConfigError, DataError
 from megacog.interop import exporting, parity
 from megacog.interop.importing import Imported, ImportOptions, import_sat
 from megacog.interop.keys import name_problems, original_entries
+from megacog.interop.parity_writing import write_parity_file
 from megacog.interop.tokenizers import GivenTokenizers
 from megacog.runtime.allocator import return_large_blocks
 from megacog.runtime.files import atomic_file
@@ -37,6 +39,7 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     _add_export(tensors, _export_safetensors)
     _add_parity(commands.add_parser("parity", help="our numbers against the original's", description=_PARITY))
+    _add_parity_file(commands.add_parser("parity-file", help="make a parity file", description=_PARITY_FILE))
     add = commands.add_parser("add-tokenizers", help="put tokenizers into an export", description=_ADD_TOKENIZERS)
     add.add_argument("export", type=Path, metavar="EXPORT")
     _add_tokenizer_folders(add)
@@ -56,6 +59,9 @@ _EXPORT_SAFETENSORS = """Write one stage's weights as model.safetensors under th
 model_config.json; import-sat reads it back."""
 _PARITY = """Compute what a parity file holds (logits, loss, gradients of the original) with our model and compare.
 Exit code 1 if a relative difference, max|a-b| / max|b|, is above the tolerance."""
+_PARITY_FILE = """Make a file for `parity` at any size: logits, loss and four gradients that the plain
+step-by-step model computes in fp32 from random inputs, with random weights that the file holds, or with those
+of an export."""
 _ADD_TOKENIZERS = """Put a text tokenizer, a frame tokenizer or both into an export that was imported without them,
 after checking that they are its model's."""
 _VERIFY = """Check sizes and checksums of all files of an export, and that its tensors and its tokenizers are those of
@@ -95,6 +101,18 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     add("--tolerance", type=float, default=1e-4, help="largest relative difference (default 1e-4)")
     add("--write", type=Path, metavar="OUT.safetensors", help="store what was computed, under the same names")
     parser.set_defaults(command=_parity)
+
+
+def _add_parity_file(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", type=Path, metavar="FILE", help="configuration whose model gets random weights")
+    source.add_argument("--export", type=Path, metavar="EXPORT", help="compute with its weights, and store none")
+    add("--set", action="append", default=[], metavar="key=value", help="override a key of --config; repeatable")
+    add("--stage", choices=get_args(PlusStage), help="default: train.stage of --config; the stage of --export")
+    add("--padding", nargs="+", type=int, default=[0], metavar="N", help="padding of each sample's text (default: 0)")
+    add("--out", type=Path, required=True, metavar="OUT.safetensors", help="file to write")
+    parser.set_defaults(command=_parity_file)
 
 
 def _import_sat(options: argparse.Namespace) -> int:
@@ -154,7 +172,7 @@ def _parity(options: argparse.Namespace) -> int:
     if options.write:
         with atomic_file(options.write) as out:
             save_tensors(results, Path(out.name), file.metadata)
-    rows = parity.compare(results, file.tensor) if file.wanted else []
+    rows = parity.compare(results, file) if file.wanted else []
     failed = [row.name for row in rows if not row.relative <= options.tolerance]
     facts = {"seconds": round(time.monotonic() - start, 1), "peak_memory_gib": round(memory_gib(), 2)}
     if options.json:
@@ -172,6 +190,24 @@ def _parity(options: argparse.Namespace) -> int:
         print("\n".join(_table(rows, options.tolerance)))
         print(f"stage {file.stage}, {facts['seconds']} s, peak memory {facts['peak_memory_gib']} GiB")
     return 1 if failed else 0
+
+
+def _parity_file(options: argparse.Namespace) -> int:
+    start = time.monotonic()
+    export = open_export(options.export) if options.export else None
+    if export is not None:
+        if options.set:
+            raise ConfigError("--set changes keys of --config, which is not given")
+        model, stage = export.model, exporting.stage_to_export(export, options.stage)
+    else:
+        config = load_config(options.config, options.set)
+        model, stage = config.model, options.stage or config.train.stage
+    if stage == "base":
+        raise ConfigError("parity files are of a video stage; give --stage sequential or --stage interpolation")
+    write_parity_file(options.out, model, stage, options.padding, export)
+    seconds = round(time.monotonic() - start, 1)
+    print(f"{options.out}: {stage}, {seconds} s, peak memory {memory_gib():.2f} GiB")
+    return 0
 
 
 def _table(rows: list[parity.Difference], tolerance: float) -> list[str]:

@@ -108,6 +108,17 @@ class ParityFile:
         """Names of the results that are in the file."""
         return sorted(name for name in self.names if name in (LOGITS, LOSS) or name.startswith(GRADIENT))
 
+    @property
+    def read_rows(self) -> Tensor:
+        """Rows of out.logits that mean something: bool [B, rows].
+
+        Those of a text that is all padding do not: nothing reads them, and the original fills them with the mean over
+        all positions.
+        """
+        valid_BL = self.tensor("in.text_mask").bool()
+        positions = torch.arange(0, self.tensor("in.tokens").shape[1], self["logits_stride"])
+        return valid_BL.any(1)[:, None] | (positions >= self["text_len"])
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every `model.*` tensor, by the original's key."""
         names = [name for name in self.names if name.startswith(MODEL)]
@@ -204,17 +215,19 @@ def compute(file: ParityFile, model: CogVideo, wanted: list[str]) -> dict[str, T
     return results
 
 
-def compare(ours: Mapping[str, Tensor], theirs: Callable[[str], Tensor]) -> list[Difference]:
-    """The difference of every tensor of ours from the one of that name.
+def compare(ours: Mapping[str, Tensor], file: ParityFile) -> list[Difference]:
+    """The difference of every tensor of ours from the file's of that name; of logits, in rows that mean something.
 
     Raises:
         DataError: Shapes differ.
     """
     rows = []
     for name, tensor in sorted(ours.items()):
-        other = theirs(name).float()
+        other = file.tensor(name).float()
         if other.shape != tensor.shape:
             raise DataError(f"{name} is {list(other.shape)} in the file and {list(tensor.shape)} of ours")
+        if name == LOGITS:
+            tensor, other = tensor[file.read_rows], other[file.read_rows]
         rows.append(difference(name, tensor, other))
     return rows
 

@@ -10,12 +10,13 @@ V vocabulary of codes and text together, K keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from megacog.config.schema import ModelConfig, Stage
 from megacog.interop.keys import WORDS
@@ -24,6 +25,7 @@ Weight = Callable[[str], Tensor]
 """The tensor of a key of the original, in fp32."""
 MASKED = -10000.0
 PB_RELAX = 16.0
+_SEED = 20220529
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,17 @@ class Inputs:
     """bool, False on padding."""
     frames_BTP: Tensor
     """int64 codes."""
+
+    @classmethod
+    def random(cls, model: ModelConfig, frames: int, padding: Sequence[int]) -> Inputs:
+        """Random codes and text: a sample for each number of padding tokens on the left, ids of the last piece."""
+        generator = torch.Generator().manual_seed(_SEED)
+        codes, vocabulary = model.image_vocab_size, model.image_vocab_size + model.text_vocab_size
+        text_BL = torch.randint(codes, vocabulary, (len(padding), model.text_length), generator=generator)
+        valid_BL = torch.arange(model.text_length) >= torch.tensor(padding)[:, None]
+        text_BL[~valid_BL] = vocabulary - 1
+        frames_BTP = torch.randint(0, codes, (len(padding), frames, model.cells), generator=generator)
+        return cls(text_BL, valid_BL, frames_BTP)
 
     def row(self, boi: int) -> Tensor:
         """Text, the start-of-image id, all codes: int64 [B, S + 1]."""
@@ -74,7 +87,10 @@ def plain_logits(weight: Weight, model: ModelConfig, stage: Stage, inputs: Input
     x_BSC = F.embedding(inputs.tokens(boi), weight(WORDS)) + _positions(weight, model, inputs)
     frame_mask_FF = base_mask(model, stage, inputs.frames_BTP.shape[1])
     for layer in range(model.num_layers):
-        x_BSC = _layer(weight, model, stage, layer, x_BSC, inputs.valid_BL, frame_mask_FF)
+        # For gradients at full width: the attention scores of one layer alone take gigabytes.
+        x_BSC = checkpoint(
+            _layer, weight, model, stage, layer, x_BSC, inputs.valid_BL, frame_mask_FF, use_reentrant=False
+        )
     return _norm(weight, model, "transformer.final_layernorm", x_BSC) @ weight(WORDS).T
 
 

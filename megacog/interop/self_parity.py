@@ -24,8 +24,6 @@ SIDE = 4
 TEXT = 8
 """Text tokens, at most."""
 TOLERANCE = 1e-4
-_BATCH = 2
-_SEED = 20220529
 
 
 def small_config(model: ModelConfig, stage: Stage) -> ModelConfig:
@@ -42,18 +40,6 @@ def small_config(model: ModelConfig, stage: Stage) -> ModelConfig:
     return model.model_copy(update=changes)
 
 
-def random_inputs(model: ModelConfig, stage: Stage) -> Inputs:
-    """Two samples, one of them padded."""
-    generator = torch.Generator().manual_seed(_SEED)
-    codes, vocabulary = model.image_vocab_size, model.image_vocab_size + model.text_vocab_size
-    frames = 1 if stage == "base" else model.num_frames
-    text_BL = torch.randint(codes, vocabulary, (_BATCH, model.text_length), generator=generator)
-    frames_BTP = torch.randint(0, codes, (_BATCH, frames, model.cells), generator=generator)
-    valid_BL = torch.ones_like(text_BL, dtype=torch.bool)
-    valid_BL[0, : model.text_length // 2] = False
-    return Inputs(text_BL, valid_BL, frames_BTP)
-
-
 @torch.no_grad()
 def self_parity(export: Export, stage: Stage, weight: Weight) -> Difference:
     """Difference of the logits of all positions, ours from the plain ones, in fp32.
@@ -67,7 +53,7 @@ def self_parity(export: Export, stage: Stage, weight: Weight) -> Difference:
         CheckpointError: It is above `TOLERANCE`.
     """
     model = small_config(export.model, stage)
-    inputs = random_inputs(model, stage)
+    inputs = Inputs.random(model, 1 if stage == "base" else model.num_frames, (model.text_length // 2, 0))
     theirs = plain_logits(lambda key: weight(key).float(), model, stage, inputs)
     ours = _streamed(model, stage, export.tensor).logits(
         inputs.text_BL - model.image_vocab_size, inputs.valid_BL, inputs.frames_BTP, stage

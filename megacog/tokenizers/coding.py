@@ -90,8 +90,12 @@ class CodingModule(nn.Module):
         return torch.cat(codes) if codes else torch.empty((0, h, w), dtype=torch.int64, device=self._device)
 
     @torch.inference_mode()
-    def decode(self, codes_Bhw: Tensor) -> Tensor:
+    def decode(self, codes_Bhw: Tensor, on_frames: Callable[[int], None] | None = None) -> Tensor:
         """Returns uint8 frames [B, H, W, 3], on the tokenizer's device.
+
+        Args:
+            codes_Bhw: integers.
+            on_frames: called with the number of frames just decoded.
 
         Raises:
             DataError: codes are not integers [B, h, w] or lie outside the codebook.
@@ -105,7 +109,7 @@ class CodingModule(nn.Module):
                 f"{self.codebook_size}; they come from another tokenizer or from damaged data"
             )
         height, width = (side * self.downsample for side in codes_Bhw.shape[1:])
-        frames = self._in_groups(self.frames_of_codes, codes_Bhw, height * width)
+        frames = self._in_groups(self.frames_of_codes, codes_Bhw, height * width, on_frames)
         empty = torch.empty((0, height, width, 3), dtype=torch.uint8, device=self._device)
         return torch.cat(frames) if frames else empty
 
@@ -113,7 +117,9 @@ class CodingModule(nn.Module):
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def _in_groups(self, code: Callable[[Tensor], Tensor], batch: Tensor, pixels: int) -> list[Tensor]:
+    def _in_groups(
+        self, code: Callable[[Tensor], Tensor], batch: Tensor, pixels: int, done: Callable[[int], None] | None = None
+    ) -> list[Tensor]:
         """Returns the results of groups of a fixed size that cover the batch, `pixels` per item."""
         group_size = max(1, self.group_pixels // pixels)
         results = []
@@ -121,4 +127,6 @@ class CodingModule(nn.Module):
             missing = group_size - len(group)
             padded = torch.cat([group, group.new_zeros((missing, *group.shape[1:]))]) if missing else group
             results.append(code(padded.to(self._device))[: len(group)])
+            if done is not None:
+                done(len(group))
         return results

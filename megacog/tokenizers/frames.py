@@ -11,6 +11,7 @@ Dimensions: B frames, H/W pixels, h/w code grid, C channels.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -48,8 +49,8 @@ class FrameTokenizer(Protocol):
     def encode(self, frames_BHWC: Tensor) -> Tensor:
         """Returns codes int64 [B, h, w] of uint8 frames [B, H, W, 3]."""
 
-    def decode(self, codes_Bhw: Tensor) -> Tensor:
-        """Returns uint8 frames [B, H, W, 3] of codes int64 [B, h, w]."""
+    def decode(self, codes_Bhw: Tensor, on_frames: Callable[[int], None] | None = None) -> Tensor:
+        """Returns uint8 frames [B, H, W, 3] of codes int64 [B, h, w]; `on_frames` hears how many, as it goes."""
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Returns the code grid (h, w) of frames of this size."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class Times:
 
     downsample = 4
 
-    def decode(self, codes_Bhw: Tensor) -> Tensor:
+    def decode(self, codes_Bhw: Tensor, on_frames: Callable[[int], None] | None = None) -> Tensor:
         return codes_Bhw[..., None].expand(*codes_Bhw.shape, 3).to(torch.uint8)
 
 
@@ -187,8 +187,10 @@ def test_the_planned_number_of_sampled_frames_is_the_real_one(export_path: Path)
     made = generator(export_path, levels=2, overlap=2, batch_size=4)
     requests = [request(1), request(2, 9.0), request(4, given_KP=torch.zeros(2, 16, dtype=torch.int64))]
     counted: list[int] = []
-    made.on_frame = counted.append
+    pixels: list[int] = []
+    made.on_frame, made.on_pixels = counted.append, pixels.append
     list(made.generate(requests))
+    assert sum(pixels) == sum(plan_clip(each.seconds, 5, made.settings).frames for each in requests)
     planned = [
         sampled_frames(plan_clip(each.seconds, 5, made.settings), 5, given, made.settings)
         for each, given in zip(requests, (0, 0, 2), strict=True)

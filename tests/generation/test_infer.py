@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -18,6 +19,7 @@ from PIL import Image
 from small_export import make_export
 
 from megacog.errors import CheckpointError, ConfigError, EnvError
+from megacog.generation import infer
 from megacog.generation.infer import clip_stem, find_export, main, slug
 from megacog.generation.output import write_mp4
 
@@ -183,9 +185,24 @@ def test_a_damaged_newest_export_is_named_with_the_one_that_can_be_used_instead(
         find_export(None, [tmp_path])
 
 
+def test_decoding_to_pixels_is_reported_where_nobody_watches(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(infer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    meter = infer.FrameMeter(33, "decoding to pixels")
+    with caplog.at_level("INFO", logger="megacog"):
+        for _ in range(4):
+            meter(3)
+    assert caplog.messages == [f"decoding to pixels: {done} of 33 frames" for done in (6, 12)]
+
+
 def test_file_names_hold_nothing_of_a_prompt_but_letters_digits_and_dashes() -> None:
     assert slug("../../etc/passwd; rm -rf $HOME") == "etc-passwd-rm-rf-home"
-    assert slug("\u72ee\u5b50") == ""
-    assert slug("a" * 39 + " b") == "a" * 39
-    assert clip_stem(3, "\u72ee\u5b50", 0, 1) == "0003"
+    assert slug("\u72ee\u5b50\u5728 \u559d\u6c34\u3002/..") == "\u72ee\u5b50\u5728-\u559d\u6c34"
+    assert slug("Lo\u0308we_1 \u03a9\0\\:") == "l\u00f6we-1-\u03c9"
+    assert slug("a" * 59 + " b") == "a" * 59
+    assert slug("x" + "\u72ee" * 40) == "x" + "\u72ee" * 19  # 58 bytes: no half character
+    assert slug("?! ...") == "" and clip_stem(3, "?!", 0, 1) == "0003"
+    assert clip_stem(3, "\u72ee\u5b50", 0, 1) == "0003_\u72ee\u5b50"
     assert clip_stem(3, "A lion!", 1, 4) == "0003-2_a-lion"

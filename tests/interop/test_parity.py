@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from parity_files import parity_model, write_parity_file
+from parity_files import parity_model, small_parity_file
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sat_files import original_weights, write_sat
 
 from megacog.config.schema import PlusStage
-from megacog.errors import CheckpointError, DataError
+from megacog.errors import CheckpointError, ConfigError, DataError
 from megacog.interop import main as convert
+from megacog.interop.parity_writing import write_parity_file
 from megacog.interop.plain import Inputs, plain_logits, plain_loss
 from megacog.interop.plain import plus_mask as plain_mask
 from megacog.model.layout import layer_space
@@ -32,6 +33,8 @@ CASES: dict[str, tuple[PlusStage, int, dict[str, Any], tuple[int, ...]]] = {
     "another width, inner width, many heads": (
         "sequential", -1, {"hidden_size": 40, "num_heads": 8, "ffn_size": 56, "num_layers": 1}, (2, 5, 9)
     ),
+    "a text that is all padding": ("sequential", -1, {}, (10, 0)),
+    "a text that is all padding, in windows": ("interpolation", 4, {}, (2, 10)),
     "seven frames of 6 x 6, long text": (
         "interpolation", 3, {"num_frames": 7, "grid": (6, 6), "text_length": 33, "layernorm_eps": 1e-3}, (30, 0)
     ),
@@ -94,14 +97,61 @@ def test_the_plain_model_computes_what_the_original_computed() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_our_model_agrees_with_the_plain_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     stage, window, changes, padding = CASES[case]
-    path = write_parity_file(tmp_path / "x.safetensors", parity_model(window, stage, **changes), stage, padding)
+    path = small_parity_file(tmp_path / "x.safetensors", parity_model(window, stage, **changes), stage, padding)
     code, report = parity(capsys, path)
     assert code == 0 and report["stage"] == stage
     assert_close(report)
 
 
+def test_rows_of_a_text_that_is_all_padding_are_left_out_and_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = small_parity_file(tmp_path / "x.safetensors", parity_model(), "sequential", (10, 0))
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    # Positions 0 and 7 are text, 14 is frame 0.
+    for place, code in (((0, 1), 0), ((0, 2), 1), ((1, 1), 1)):
+        logits = tensors["out.logits"].clone()
+        logits[place] += 1
+        save_tensors(tensors | {"out.logits": logits}, tmp_path / "y.safetensors", metadata)
+        assert parity(capsys, tmp_path / "y.safetensors")[0] == code
+
+
+def test_a_parity_file_of_any_size_comes_from_a_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(tmp_path / "c.yaml", parity_model(4, "interpolation"))
+    path = tmp_path / "made.safetensors"
+    make = ["parity-file", "--config", str(tmp_path / "c.yaml"), "--out", str(path)]
+    with pytest.raises(ConfigError, match="give --stage sequential or --stage interpolation"):
+        convert.main(make)
+    changes = ["--set", "model.num_layers=3", "--set", "model.hidden_size=48", "--padding", "3", "0", "9"]
+    assert convert.main([*make, "--stage", "interpolation", *changes]) == 0
+    assert "made.safetensors: interpolation," in capsys.readouterr().out
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+        assert file.get_slice("out.logits").get_shape() == [3, 48, 44]  # every 7th of 330 positions
+    assert (said["layers"], said["hidden"], said["window"], said["stage"]) == ("3", "48", "4", "2")
+    code, report = parity(capsys, path)
+    assert code == 0
+    assert_close(report)
+
+
+def test_what_the_parity_format_cannot_say_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    for model, padding, message in (
+        (parity_model(grid=(4, 8)), (0,), r"square frames.* has grid \[4, 8\]"),
+        (parity_model(attention={"sequential": {"kind": "local3d", "window": (3, 3)}}), (0,), "sequential local3d"),
+        (parity_model(boi_id=None), (0,), "boi_id None"),
+        (parity_model(), (0, 11), r"padding \[0, 11\] must be numbers from 0 to model.text_length 10"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            write_parity_file(out, model, "sequential", padding)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_wrong_number_is_found_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_parity_file(tmp_path / "x.safetensors", parity_model(4, "interpolation"), "interpolation")
+    path = small_parity_file(tmp_path / "x.safetensors", parity_model(4, "interpolation"), "interpolation")
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     gradient = "grad.mixins.attention_plus.dense.1.weight"
@@ -130,9 +180,9 @@ def test_weights_may_come_from_an_export_and_results_are_written_under_the_same_
     export = tmp_path / "export"
     arguments = ["import-sat", tmp_path / "sat", "--out", export, "--config", config, "--stages", "interpolation"]
     assert convert.main([str(argument) for argument in arguments]) == 0
-    path = write_parity_file(
-        tmp_path / "x.safetensors", model, "interpolation", weights=weights, with_weights=False
-    )
+    path = tmp_path / "x.safetensors"
+    assert convert.main(["parity-file", "--export", str(export), "--padding", "0", "3", "--out", str(path)]) == 0
+    assert not any(name.startswith("model.") for name in load_file(path))
     with pytest.raises(DataError, match="holds no model.* weights; give --export"):
         parity(capsys, path)
     out = tmp_path / "out.safetensors"
@@ -142,10 +192,10 @@ def test_weights_may_come_from_an_export_and_results_are_written_under_the_same_
     theirs, ours = load_file(path), load_file(out)
     assert ours.keys() == {name for name in theirs if name.startswith(("out.", "grad."))}
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
-    other = write_parity_file(tmp_path / "y.safetensors", parity_model(num_heads=2), "sequential")
+    other = small_parity_file(tmp_path / "y.safetensors", parity_model(num_heads=2), "sequential")
     with pytest.raises(CheckpointError, match="num_heads is 2 in the file and 4 there"):
         parity(capsys, other, "--export", export)
-    other = write_parity_file(tmp_path / "z.safetensors", parity_model(), "sequential")
+    other = small_parity_file(tmp_path / "z.safetensors", parity_model(), "sequential")
     with pytest.raises(CheckpointError, match="no attention-plus of stage sequential"):
         parity(capsys, other, "--export", export)
 
@@ -172,7 +222,7 @@ def write_config(path: Path, model: Any) -> None:
 def test_damaged_parity_files_are_explained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
 ) -> None:
-    path = write_parity_file(tmp_path / "x.safetensors", parity_model(), "sequential")
+    path = small_parity_file(tmp_path / "x.safetensors", parity_model(), "sequential")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = {name: tensor for name, tensor in (load_file(path) | change).items() if tensor is not None}
