@@ -198,7 +198,7 @@ def test_every_option_named_in_the_text_exists() -> None:
     texts += [help_text("prepare.py", name) for name in ("run", "records", "inspect", "verify", "digits")]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
     texts += [help_text("benchmark.py", "import")]
-    weights = ("import-sat", "export-sat", "export-safetensors", "parity")
+    weights = ("import-sat", "add-tokenizers", "export-sat", "export-safetensors", "parity", "parity-file")
     texts += [help_text("convert.py", name) for name in (*weights, "import-icetk-text", "import-icetk-frames")]
     texts += [help_text("prove.py", name) for name in re.findall(r"\{([\w,]+)\}", help_text("prove.py"))[0].split(",")]
     tools = (ROOT / "kernels" / "benchmarks").glob("*.py")
@@ -219,7 +219,7 @@ def test_every_setting_of_a_shown_command_is_valid(tmp_path: Path) -> None:
         script = script_of(words)
         if script is None or not (overrides := key_values(words[script[1] + 1 :])):
             continue
-        if script[0] == "pretrain.py":
+        if script[0] in ("pretrain.py", "convert.py"):
             shown = Path(words[words.index("--config") + 1])
             load_config(ROOT / shown if (ROOT / shown).is_file() else config, overrides)
         else:

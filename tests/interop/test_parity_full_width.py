@@ -12,8 +12,8 @@ import pytest
 
 MOST_GIB = 20.0
 """What one command may need."""
-FREE_GIB = 14.0
-"""What must be free, so that nothing is killed for want of memory; measured: see docs/benchmarks.md."""
+FREE_GIB = 10.0
+"""What must be free, so that no process is killed for want of memory; docs/benchmarks.md has what was measured."""
 
 
 @pytest.mark.slow
@@ -33,7 +33,6 @@ def test_our_model_agrees_with_the_plain_one_at_full_width_within_20_gib(reposit
     assert report["peak_memory_gib"] < MOST_GIB
     assert report["tensors"]["out.image_loss"]["relative"] <= 1e-5
     assert all(row["relative"] <= 1e-4 for row in report["tensors"].values())
-    print(made, report)
 
 
 def convert(repository: Path, *arguments: object) -> str:
