@@ -229,6 +229,22 @@ def test_rates_spelled_otherwise_are_read_and_trained_as_they_are_spelled(
     assert text.decode(seen["whole.bin:1"]).startswith("3秒<n>") and len(seen["whole.bin:1"]) == 64
 
 
+def test_every_whole_span_of_the_original_s_tool_is_read_in_both_spellings(
+    tmp_path: Path, inputs: Path, text: TextTokenizer, frames: FrameTokenizer
+) -> None:
+    spans = [f"{seconds}{tenths}" for seconds in range(1, 17) for tenths in ("", ".0")]
+    rows = [make_record(text, index, span) for index, span in enumerate(spans)]
+    file = write_records(tmp_path / "whole.bin", rows)
+    summary = prepare_records([file], text, frames, RecordSettings(tmp_path / "film"))
+    assert Shard(summary.shards[0]).fps.tolist() == pytest.approx([4 / float(span) for span in spans])
+    config = config_of(str(tmp_path / "film-*.h5"), inputs)
+    dataset = StageDataset(config, open_sources(config.data.train, "data.train"), text, training=True)
+    batch = dataset.batch(0, range(len(spans)))
+    for sample, clip_id in enumerate(batch.sample_ids):
+        row = rows[int(clip_id.split(":")[1].split("[")[0])]
+        assert [token + 20000 for token in batch.texts[sample]] == [token for token in row[:64] if token != PAD]
+
+
 def test_a_dropped_caption_keeps_the_record_s_rate(
     tmp_path: Path, inputs: Path, text: TextTokenizer, frames: FrameTokenizer
 ) -> None:
