@@ -105,7 +105,7 @@ def _stream_layer(model: CogVideo, layer: Layer, modules: list[nn.Module], read:
         _unload(modules)
         return result
 
-    layer.text_rows, layer.all_frames = first, last  # type: ignore[method-assign]
+    layer.text_rows, layer.all_frames = first, last  # type: ignore[method-assign, assignment]
 
 
 def _unload(modules: list[nn.Module]) -> None:
