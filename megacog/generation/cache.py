@@ -172,7 +172,7 @@ class Decoder:
             channel = None
             if plus_layer is not None:
                 mask = self.layout.plus_mask(model.space(stage), index)
-                channel = _Plus(plus_layer.text_states(states.normed_BLC), mask, grid, text_bias, model.kernels)
+                channel = _Plus(plus_layer.project_text(states.normed_BLC), mask, grid, text_bias, model.kernels)
             self.plus_channels.append(channel)
 
     @torch.no_grad()

@@ -22,6 +22,10 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values [B, R, N, D]."""
 
 
+Q, KV, QKV = (0, 1), (1, 3), (0, 3)
+"""Blocks of the fused projection."""
+
+
 class AttentionChannel(nn.Module):
     """Projections of one channel: fused q|k|v in thirds, and the output `dense`."""
 
@@ -32,15 +36,44 @@ class AttentionChannel(nn.Module):
         self.qkv = ColumnParallelLinear(C, 3 * C, parallel, blocks=3)
         self.dense = RowParallelLinear(C, C, parallel)
 
-    def project(self, x_BRC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BRC: Tensor) -> list[Tensor]:
         """q, k and v: each [B, R, N, D], strided views of one buffer."""
-        q, k, v = self.qkv(x_BRC).chunk(3, dim=-1)
-        heads = (-1, self.head_dim)
-        return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+        return self._split(self.qkv(x_BRC), 3)
+
+    def project_text(self, x_BLC: Tensor) -> KeyValue:
+        """k and v of text rows that ask for nothing: each [B, L, N, D]."""
+        (kv,) = self.qkv(x_BLC, ranges=[KV])
+        k_BLND, v_BLND = self._split(kv, 2)
+        return k_BLND, v_BLND
+
+    def project_frames(self, x_BRC: Tensor, queries_BQC: Tensor | None, text_BLC: Tensor | None) -> list[Tensor]:
+        """q, k and v of frame rows, then k and v of text rows, if given.
+
+        Only `queries_BQC` are asked for, where it is given: rows of x_BRC.
+        """
+        if queries_BQC is None:
+            inputs, ranges = [x_BRC], [QKV]
+        else:
+            inputs, ranges = [queries_BQC, x_BRC], [Q, KV]
+        if text_BLC is not None:
+            inputs, ranges = [*inputs, text_BLC], [*ranges, KV]
+        parts = self.qkv(*inputs, ranges=ranges)
+        return [
+            piece for part, (first, end) in zip(parts, ranges, strict=True) for piece in self._split(part, end - first)
+        ]
+
+    def _split(self, x_BRC: Tensor, parts: int) -> list[Tensor]:
+        return [part.unflatten(-1, (-1, self.head_dim)) for part in x_BRC.chunk(parts, dim=-1)]
 
     def forward(self, x_BRC: Tensor, attend: Attend) -> Tensor:
         """Project, attend, project back: [B, R, C]."""
-        return self.dense(attend(*self.project(x_BRC)).flatten(-2))
+        q, k, v = self.project(x_BRC)
+        return self.back(attend(q, k, v))
+
+    def back(self, x_BRND: Tensor) -> Tensor:
+        """The heads' results, projected back: [B, R, C]."""
+        out: Tensor = self.dense(x_BRND.flatten(-2))
+        return out
 
 
 class Gate(nn.Module):
@@ -61,11 +94,6 @@ class PlusLayer(AttentionChannel):
     def __init__(self, config: ModelConfig, parallel: TensorParallel, kernels: Implementation) -> None:
         super().__init__(config, parallel)
         self.gate = Gate(config.hidden_size, kernels)
-
-    def text_states(self, text_BLC: Tensor) -> KeyValue:
-        """What frame rows see of the text in this channel."""
-        _, k_BLND, v_BLND = self.project(text_BLC)
-        return k_BLND, v_BLND
 
 
 class AttentionPlus(nn.Module):

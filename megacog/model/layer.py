@@ -11,15 +11,17 @@ Legend: B batch, L text length, F frame tokens, R rows of a stream, N heads of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megacog.config.schema import ModelConfig
+from megacog.config.schema import Checkpointing, ModelConfig
 from megacog.model.attention import Attend, AttentionChannel, KeyValue, PlusLayer
 from megacog.model.layout import StageLayout
 from megacog.model.norm import BranchNorm, LayerNorm
+from megacog.model.recompute import run_layer
 from megacog.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megacog.parallel.tensor import TensorParallel
 from megacog_kernels.attention import Implementation, attention, text_attention
@@ -36,15 +38,16 @@ class TextStates:
 
 
 def attend_all(
-    mask: MaskSpec, grid: VideoGrid, text: KeyValue, valid_BL: Tensor, kernels: Implementation, text_bias: float = 0.0
-) -> Attend:
-    """Attention of all rows of a grid over the valid text and each other."""
+    mask: MaskSpec, grid: VideoGrid, text: KeyValue, valid_BL: Tensor, kernels: Implementation,
+    text_bias: float = 0.0, queries: tuple[int, ...] | None = None,
+) -> Attend:  # fmt: skip
+    """Attention of all rows of a grid, or of the frames `queries`, over the valid text and all rows."""
+    text_k, text_v = text
 
-    def attend(q_BFND: Tensor, k_BFND: Tensor, v_BFND: Tensor) -> Tensor:
-        text_k, text_v = text
+    def attend(q_BRND: Tensor, k_BFND: Tensor, v_BFND: Tensor) -> Tensor:
         return attention(
-            q_BFND, k_BFND, v_BFND, mask, grid, text_k=text_k, text_v=text_v, text_valid=valid_BL,
-            text_bias=text_bias, implementation=kernels,
+            q_BRND, k_BFND, v_BFND, mask, grid, text_k=text_k, text_v=text_v, text_valid=valid_BL,
+            text_bias=text_bias, query_frames=queries, implementation=kernels,
         ).frames  # fmt: skip
 
     return attend
@@ -91,6 +94,11 @@ class Layer(nn.Module):
         mixed_BLC = self.attention(normed_BLC, attend)
         return self._residual(x_BLC, mixed_BLC), TextStates(normed_BLC, kept[0])
 
+    def _text_states(self, x_BLC: Tensor) -> TextStates:
+        """What frame rows see of the text, where nothing asks for the text's next rows."""
+        normed_BLC = self.input_layernorm(x_BLC)
+        return TextStates(normed_BLC, self.attention.project_text(normed_BLC))
+
     def frame_rows(self, x_BRC: Tensor, base: Attend, plus: PlusLayer | None, plus_attend: Attend | None) -> Tensor:
         """Rows of the frame stream through this layer."""
         normed_BRC = self.input_layernorm(x_BRC)
@@ -100,7 +108,32 @@ class Layer(nn.Module):
             mixed_BRC = plus.gate(mixed_BRC, plus(normed_BRC, plus_attend))
         return self._residual(x_BRC, mixed_BRC)
 
-    def all_frames(
+    def forward(
+        self,
+        text_BLC: Tensor,
+        frames_BFC: Tensor,
+        valid_BL: Tensor,
+        layout: StageLayout,
+        plus: PlusLayer | None,
+        plus_mask: MaskSpec | None,
+        *,
+        policy: Checkpointing = "none",
+        predicted_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams through this layer, all frames of the stage at once.
+
+        With `predicted_only` other rows than those of predicted frames [B, predicted frames * P, C] offer keys and
+        values and end here; text rows are returned as they came.
+        """
+        text_policy = policy if text_BLC.requires_grad else "none"  # without gradients nothing is kept anyway
+        if predicted_only:
+            text = run_layer(text_policy, self._text_states, text_BLC)
+        else:
+            text_BLC, text = run_layer(text_policy, self.text_rows, text_BLC, valid_BL)
+        rest = (valid_BL, layout, plus, plus_mask, predicted_only)
+        return text_BLC, run_layer(policy, self._all_frames, frames_BFC, text, *rest)
+
+    def _all_frames(
         self,
         x_BFC: Tensor,
         text: TextStates,
@@ -108,10 +141,21 @@ class Layer(nn.Module):
         layout: StageLayout,
         plus: PlusLayer | None,
         plus_mask: MaskSpec | None,
+        predicted_only: bool,
     ) -> Tensor:
-        """The frame stream through this layer, all frames of the stage at once."""
-        base = attend_all(layout.base_mask, layout.grid, text.base, valid_BL, self.kernels)
-        plus_attend = None
-        if plus is not None and plus_mask is not None:
-            plus_attend = attend_all(plus_mask, layout.grid, plus.text_states(text.normed_BLC), valid_BL, self.kernels)
-        return self.frame_rows(x_BFC, base, plus, plus_attend)
+        queries = layout.loss_frames if predicted_only else None
+
+        def attend(channel: AttentionChannel, mask: MaskSpec, qkv: Sequence[Tensor], text: Sequence[Tensor]) -> Tensor:
+            text_k, text_v = text
+            see = attend_all(mask, layout.grid, (text_k, text_v), valid_BL, self.kernels, queries=queries)
+            return channel.back(see(*qkv))
+
+        normed_BFC = self.input_layernorm(x_BFC)
+        queries_BRC = layout.predicted_rows(normed_BFC) if predicted_only else None
+        qkv = self.attention.project_frames(normed_BFC, queries_BRC, None)
+        mixed_BRC = attend(self.attention, layout.base_mask, qkv, text.base)
+        if plus is not None:
+            assert plus_mask is not None
+            *qkv, text_k, text_v = plus.project_frames(normed_BFC, queries_BRC, text.normed_BLC)
+            mixed_BRC = plus.gate(mixed_BRC, attend(plus, plus_mask, qkv, (text_k, text_v)))
+        return self._residual(layout.predicted_rows(x_BFC) if predicted_only else x_BFC, mixed_BRC)

@@ -31,6 +31,12 @@ class StageLayout:
         """Frames that are known and not trained on."""
         return tuple(frame for frame in range(self.grid.frames) if frame not in self.loss_frames)
 
+    def predicted_rows(self, x_BFC: Tensor) -> Tensor:
+        """The rows of the predicted frames: [B, predicted frames * P, C]."""
+        step = 1 if len(self.loss_frames) == 1 else self.loss_frames[1] - self.loss_frames[0]
+        frames = x_BFC.unflatten(1, (self.grid.frames, self.grid.cells))
+        return frames[:, self.loss_frames[0] : self.loss_frames[-1] + 1 : step].flatten(1, 2)
+
     @property
     def base_mask(self) -> MaskSpec:
         """The base channel sees its own frame only."""

@@ -23,7 +23,6 @@ from megacog.model.attention import AttentionPlus
 from megacog.model.layer import Layer
 from megacog.model.layout import StageLayout, stage_layout, text_position_ids
 from megacog.model.norm import LayerNorm
-from megacog.model.recompute import run_layer
 from megacog.parallel.layers import VocabParallelEmbedding
 from megacog.parallel.tensor import TensorParallel
 from megacog_kernels.attention import Implementation
@@ -141,9 +140,18 @@ class CogVideo(nn.Module):
         return torch.cat(frames, dim=1)
 
     def _hidden(
-        self, text_BL: Tensor, valid_BL: Tensor, codes_BTP: Tensor, layout: StageLayout, plus_on: bool = True
+        self,
+        text_BL: Tensor,
+        valid_BL: Tensor,
+        codes_BTP: Tensor,
+        layout: StageLayout,
+        plus_on: bool = True,
+        predicted_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Text rows [B, L, C] and frame rows [B, F, C] after the last layer, before the final layernorm."""
+        """Text rows [B, L, C] and frame rows [B, F, C] after the last layer, before the final layernorm.
+
+        With `predicted_only` the last layer makes only rows of predicted frames, and text rows are those before it.
+        """
         plus = self.plus_of(layout.stage)
         text_BLC = self.embed_text(text_BL, valid_BL)
         frames_BFC = self._embed_frames(codes_BTP, plus)
@@ -151,10 +159,9 @@ class CogVideo(nn.Module):
         for index, layer in enumerate(self.layers):
             plus_layer = plus.layers[index] if plus is not None and plus_on else None
             mask = layout.plus_mask(self.space(layout.stage), index) if plus_layer is not None else None
-            text_policy = policy if text_BLC.requires_grad else "none"  # without gradients nothing is kept anyway
-            text_BLC, states = run_layer(text_policy, layer.text_rows, text_BLC, valid_BL)
-            arguments = (frames_BFC, states, valid_BL, layout, plus_layer, mask)
-            frames_BFC = run_layer(policy, layer.all_frames, *arguments)
+            last = predicted_only and index == len(self.layers) - 1
+            rows = (text_BLC, frames_BFC, valid_BL)
+            text_BLC, frames_BFC = layer(*rows, layout, plus_layer, mask, policy=policy, predicted_only=last)
         return text_BLC, frames_BFC
 
     def space(self, stage: Stage) -> SpaceConfig:
@@ -184,9 +191,9 @@ class CogVideo(nn.Module):
         layout = stage_layout(self.config, stage)
         self._check(text_BL, frames_BTP, layout)
         inputs_BTP = frames_BTP if context_BTP is None else context_BTP
-        _, frames_BFC = self._hidden(text_BL, text_valid_BL, inputs_BTP, layout)
+        _, rows_BRC = self._hidden(text_BL, text_valid_BL, inputs_BTP, layout, predicted_only=True)
         predicted = list(layout.loss_frames)
-        hidden_BQPC = frames_BFC.unflatten(1, (layout.grid.frames, layout.grid.cells))[:, predicted]
+        hidden_BQPC = rows_BRC.unflatten(1, (len(predicted), layout.grid.cells))
         loss_BQP = self._code_loss(hidden_BQPC, frames_BTP[:, predicted])
         frame_loss_Q = loss_BQP.mean(dim=(0, 2))
         weights_Q = torch.ones_like(frame_loss_Q)

@@ -5,6 +5,7 @@ With one rank they are the ordinary layers. Shapes: C width, V vocabulary, `...`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,50 @@ from megacog_kernels.dispatch import Implementation
 from megacog_kernels.keep import kept
 
 
+class _BlockProducts(torch.autograd.Function):
+    """Each input @ a span of one weight's rows, + bias. The weight's gradient is one tensor, which all add to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor, spans: Sequence[slice], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.spans = spans
+        ctx.save_for_backward(weight, *(x if ctx.needs_input_grad[0] else None for x in inputs))
+        return tuple(F.linear(x, weight[span], bias[span]) for x, span in zip(inputs, spans, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, *inputs = ctx.saved_tensors
+        of_weight, of_bias, _, *of_inputs = ctx.needs_input_grad
+        pairs = zip(grads, ctx.spans, of_inputs, strict=True)
+        grad_inputs = [grad @ weight[span] if wanted else None for grad, span, wanted in pairs]
+        grad_weight, grad_bias = None, None
+        if of_weight:
+            grad_weight = _sum_products(weight, ctx.spans, grads, inputs)
+        if of_bias:
+            grad_bias = weight.new_zeros(len(weight))
+            for grad, span in zip(grads, ctx.spans, strict=True):
+                grad_bias[span] += grad.flatten(0, -2).sum(dim=0)
+        return grad_weight, grad_bias, None, *grad_inputs
+
+
+def _sum_products(
+    weight: Tensor, spans: Sequence[slice], grads: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> Tensor:
+    """Sum of grad^T @ input over each span of rows, like the weight; rows are written in ascending order first."""
+    total, written = torch.empty_like(weight), 0
+    for span, grad, x in zip(spans, grads, inputs, strict=True):
+        columns, rows = grad.flatten(0, -2).T, x.flatten(0, -2)
+        if span.start < written:
+            total[span].addmm_(columns, rows)
+            continue
+        total[written : span.start] = 0
+        torch.mm(columns, rows, out=total[span])
+        written = span.stop
+    total[written:] = 0
+    return total
+
+
 class ColumnParallelLinear(nn.Module):
     """x @ weight^T + bias with the output features cut over ranks (`blocks` = 3 for q|k|v)."""
 
@@ -26,15 +71,26 @@ class ColumnParallelLinear(nn.Module):
         if features_out % (blocks * parallel.size):
             raise ValueError(f"{parallel.size} tensor-parallel ranks do not divide {features_out // blocks} features")
         self.parallel = parallel
+        self.blocks = blocks
         shard = ShardSpec(dim=0, length=features_out, blocks=blocks)
         self.weight = nn.Parameter(torch.empty(shard.local_length(parallel.size), features_in))
         self.bias = nn.Parameter(torch.empty(shard.local_length(parallel.size)))
         mark_sharded(self.weight, shard, parallel.size)
         mark_sharded(self.bias, shard, parallel.size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., features_out / ranks]."""
-        return F.linear(copy_to_ranks(x, self.parallel), self.weight, self.bias)
+    def forward(self, *inputs: Tensor, ranges: Sequence[tuple[int, int]] | None = None) -> Any:
+        """[..., C] -> [..., features_out / ranks].
+
+        Or, with `ranges` (first and end block for every input, in ascending order where they differ), of each input
+        the features of those blocks.
+        """
+        copies = [copy_to_ranks(x, self.parallel) for x in inputs]
+        if ranges is None:
+            (x,) = copies
+            return F.linear(x, self.weight, self.bias)
+        size = len(self.weight) // self.blocks
+        spans = [slice(first * size, end * size) for first, end in ranges]
+        return _BlockProducts.apply(self.weight, self.bias, spans, *copies)
 
 
 class _SummedProduct(torch.autograd.Function):

@@ -43,6 +43,36 @@ def test_frames_text_lse_and_gradients(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("space", [Space(), Space("frame"), WINDOW.space, Space("local3d", (3, 3))], ids=str)
+@pytest.mark.parametrize("queries", [(1, 2, 3), (1, 3), (0,)], ids=str)
+def test_a_part_of_the_frames_may_ask(implementation: str, space: Space, queries: tuple[int, ...]) -> None:
+    grid = VideoGrid(4, 3, 3)
+    case = make_case(MaskSpec(Order((0, 1, 0, 2), (True, False, True, False)), space), grid, batch=2)
+    rows = [frame * grid.cells + cell for frame in queries for cell in range(grid.cells)]
+    others = [row for row in range(grid.tokens) if row not in rows]
+    case.grad_out[:, others] = 0
+    wanted = expected(case)
+    leaves = [part.detach()[:, rows] if index == 0 else part.detach() for index, part in enumerate(case.tensors)]
+    leaves = [part.requires_grad_() for part in leaves]
+    options = {"text_k": leaves[3], "text_v": leaves[4], "text_valid": case.text_valid, "query_frames": queries}
+    out, _, lse = attention(*leaves[:3], case.mask, grid, implementation=implementation, return_lse=True, **options)
+    assert lse is not None
+    assert error(out, wanted.out[:, rows]) < 1e-5 and error(lse, wanted.lse[..., rows]) < 1e-5
+    out = attention(*leaves[:3], case.mask, grid, implementation=implementation, **options).frames
+    of_q, *others_wanted = wanted.gradients
+    got = torch.autograd.grad(out, leaves, case.grad_out[:, rows])
+    for mine, theirs in zip(got, [of_q[:, rows], *others_wanted], strict=True):
+        assert error(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("queries", [(), (2, 1), (1, 1), (1, 4), (0, 1)], ids=str)
+def test_frames_that_cannot_ask_are_refused(queries: tuple[int, ...]) -> None:
+    case = make_case(WINDOW, GRID)
+    with pytest.raises(ValueError, match="query_frames|have others"):
+        attention(case.q, case.k, case.v, WINDOW, GRID, query_frames=queries)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_text_queries_have_gradients(implementation: str) -> None:
     case = make_case(WINDOW, GRID)
     case.text_valid[:] = True
@@ -207,7 +237,8 @@ def test_masks_survive_the_way_through_an_operator() -> None:
     spaces = [Space(), Space("frame"), Space("local3d", (3, 5)), Space("local3d", (3, 5), 2), WINDOW.space]
     for space in spaces:
         mask = MaskSpec(Order((0, 2, 1), (True, False, True)), space)
-        assert _decode(_encode(mask, GRID)) == (mask, GRID)
+        assert _decode(_encode(mask, GRID)) == (mask, GRID, None)
+        assert _decode(_encode(mask, GRID, (0, 2))) == (mask, GRID, (0, 2))
 
 
 def test_auto_says_once_what_runs_and_why(caplog: pytest.LogCaptureFixture) -> None:

@@ -39,8 +39,8 @@ def partial_tile(plan: TilePlan, query_tile: int, key_tile: int) -> np.ndarray:
 
 def dense(plan: TilePlan, visits: Visits, by_key: bool) -> np.ndarray:
     """What a kernel that walks one direction of the plan sees, bool [F, F]; every pair at most once."""
-    tokens = int(plan.query.rows.max()) + 1
-    seen = np.zeros((tokens, tokens), dtype=np.int64)
+    queries, keys = (int(side.rows.max()) + 1 for side in (plan.query, plan.key))
+    seen = np.zeros((queries, keys), dtype=np.int64)
     for own, (start, partial, end) in enumerate(zip(visits.start, visits.partial, visits.end, strict=True)):
         for entry in range(start, end):
             other = visits.tiles[entry]
@@ -62,13 +62,18 @@ def covers_every_token_once(tiles: Tiles, tokens: int) -> bool:
 
 
 @settings(max_examples=150, deadline=None)
-@given(masks(), st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16]))
-def test_both_directions_of_a_plan_are_the_mask(case: tuple[MaskSpec, VideoGrid], tile_q: int, tile_k: int) -> None:
+@given(masks(), st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16]), st.data())
+def test_both_directions_of_a_plan_are_the_mask(
+    case: tuple[MaskSpec, VideoGrid], tile_q: int, tile_k: int, data: st.DataObject
+) -> None:
     mask, grid = case
-    plan = tile_plan(mask, grid, tile_q, tile_k)
-    assert covers_every_token_once(plan.query, grid.tokens)
+    frames = st.lists(st.integers(0, grid.frames - 1), min_size=1, unique=True)
+    queries = data.draw(st.none() | frames.map(sorted).map(tuple))
+    plan = tile_plan(mask, grid, tile_q, tile_k, queries)
+    asking = [frame * grid.cells + cell for frame in queries or range(grid.frames) for cell in range(grid.cells)]
+    assert covers_every_token_once(plan.query, len(asking))
     assert covers_every_token_once(plan.key, grid.tokens)
-    expected = dense_mask(mask, grid)
+    expected = dense_mask(mask, grid)[asking]
     np.testing.assert_array_equal(dense(plan, plan.by_query, by_key=False), expected)
     np.testing.assert_array_equal(dense(plan, plan.by_key, by_key=True), expected)
     assert plan.visible == expected.sum()

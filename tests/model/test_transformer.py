@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small_model import BOTH, batch, build_model, model_config
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megacog.config.schema import Stage
+from megacog.config.schema import Checkpointing, Stage
 from megacog.errors import EnvError
 from megacog.generation.cache import Decoder
 from megacog.model.flops import tokens_per_sample, training_flops
@@ -150,19 +153,77 @@ def test_context_changes_inputs_but_not_targets(model: CogVideo) -> None:
     torch.testing.assert_close(corrupted, expected)
 
 
+def plain_loss(model: CogVideo, stage: Stage) -> Tensor:
+    """The loss from logits of all rows: nothing is left out, and nothing recomputed."""
+    text, valid, codes = batch(model.config, stage_layout(model.config, stage).grid.frames)
+    predicted = list(stage_layout(model.config, stage).loss_frames)
+    rows = model.logits(text, valid, codes, stage)[:, model.config.text_length :].unflatten(1, codes.shape[1:])
+    logits = rows[:, predicted, :, : model.config.image_vocab_size]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes[:, predicted].flatten())
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_activation_checkpointing_changes_no_gradient(stage: Stage) -> None:
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_loss_and_every_gradient_are_those_of_the_plain_path(stage: Stage, policy: Checkpointing) -> None:
     text, valid, codes = batch(CONFIG, stage_layout(CONFIG, stage).grid.frames)
+    plain, fast = build_model(), build_model()
+    plain.trainable(stage)
+    fast.trainable(stage)
+    fast.activation_checkpointing = policy
+    losses = [plain_loss(plain, stage), fast(text, valid, codes, stage).loss]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for loss in losses:
+        loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None and other.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_dropout_is_the_same_when_a_layer_runs_again(policy: Checkpointing) -> None:
     gradients = []
-    for checkpointing in ("none", "selective", "full"):
-        model = build_model()
+    for checkpointing in ("none", policy):
+        model = build_model(model_config(mlp_dropout=0.3, embedding_dropout=0.1))
         model.activation_checkpointing = checkpointing
-        model.trainable(stage)
-        model(text, valid, codes, stage).loss.backward()
+        model.trainable("sequential")
+        torch.manual_seed(3)
+        model(*batch(CONFIG, 5), "sequential").loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    for plain, *recomputed in zip(*gradients, strict=True):
-        for gradient in recomputed:
-            torch.testing.assert_close(plain, gradient, rtol=0, atol=0)
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
+
+
+class Products(TorchDispatchMode):
+    """Counts rows of matrix products by width of input and output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[tuple[int, int], list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+            left, right = args[-2:]
+            self.rows.setdefault(tuple(right.shape), []).append(left.shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("stage", "predicted"), [("sequential", 4), ("interpolation", 2)])
+def test_the_last_layer_computes_no_row_that_no_loss_needs(stage: Stage, predicted: int) -> None:
+    C, P, L = CONFIG.hidden_size, CONFIG.cells, CONFIG.text_length
+    model = build_model()
+    model.trainable(stage)
+    text, valid, codes = batch(CONFIG, 5, size=1)
+    with Products() as forward:
+        loss = model(text, valid, codes, stage).loss
+    frames, rows = 5 * P, predicted * P
+    assert forward.rows[C, 3 * C] == [L, frames, frames], "q|k|v of text, base and plus in the first layer"
+    assert forward.rows[C, 2 * C] == [L, L, frames, frames, L], "k|v only: text in plus, then the last layer"
+    assert forward.rows[C, C] == [L, frames, frames, rows, rows, rows, rows], "dense, and q of the last layer"
+    assert forward.rows[C, 4 * C] == [L, frames, rows] and forward.rows[4 * C, C] == [L, frames, rows], "MLP"
+    with Products() as backward:
+        loss.backward()
+    assert L not in backward.rows[3 * C, C] and backward.rows[4 * C, C] == [rows, frames], "no gradient of text rows"
 
 
 def test_wrong_frame_shape_and_missing_plus_are_refused(model: CogVideo) -> None:

@@ -39,10 +39,12 @@ class Inputs:
     mask: MaskSpec
     grid: VideoGrid
     scale: float
+    queries: tuple[int, ...] | None = None
+    """Frames whose rows q holds; None = all."""
 
     def tables(self, configuration: Configuration) -> Tables:
         """The plan for these tile sizes on the device of q."""
-        return tables(self.mask, self.grid, configuration.tile_q, configuration.tile_k, self.q.device)
+        return tables(self.mask, self.grid, configuration.tile_q, configuration.tile_k, self.q.device, self.queries)
 
 
 def text_rows(length: int) -> tuple[MaskSpec, VideoGrid]:

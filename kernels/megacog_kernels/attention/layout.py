@@ -22,7 +22,7 @@ Legend: T frames, P cells of a frame, F = T * P, n slots of a tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 from math import prod
@@ -114,16 +114,27 @@ def positions(order: Order) -> Positions:
     )
 
 
-def layout(mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int) -> Layout:
+def layout(
+    mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int, queries: tuple[int, ...] | None = None
+) -> Layout:
     """The layout with the fewest pairs of tiles to visit.
+
+    Args:
+        mask, grid: The rule.
+        tile_q, tile_k: Slots of a tile.
+        queries: Frames that ask, ascending; None = all. The rows of query tiles are then numbered among theirs.
 
     Raises:
         ValueError: The packed words of local3d do not fit into 31 bits.
     """
+    asks = np.isin(np.arange(grid.frames), np.arange(grid.frames) if queries is None else queries)
     if mask.space.kind == "local3d":
-        return _box_layout(mask, grid, tile_q, tile_k)
-    packed, padded = (_interval_layout(mask, grid, tile_q, tile_k, pad) for pad in (False, True))
-    return padded if padded.pairs < packed.pairs else packed
+        cut = _box_layout(mask, grid, tile_q, tile_k, asks)
+    else:
+        packed, padded = (_interval_layout(mask, grid, tile_q, tile_k, pad, asks) for pad in (False, True))
+        cut = padded if padded.pairs < packed.pairs else packed
+    number = np.cumsum(np.repeat(asks, grid.cells)) - 1
+    return replace(cut, query=Tiles(number[cut.query.rows].astype(np.int32), cut.query.count))
 
 
 # Interval layouts
@@ -143,7 +154,9 @@ def _blocks(space: Space, grid: VideoGrid) -> np.ndarray:
     return np.unique(np.stack([row, column], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def _interval_layout(mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int, pad: bool) -> Layout:
+def _interval_layout(
+    mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int, pad: bool, asks: np.ndarray
+) -> Layout:
     place = positions(mask.order)
     frame, cell = np.divmod(np.arange(grid.tokens), grid.cells)
     block = _blocks(mask.space, grid)
@@ -154,7 +167,9 @@ def _interval_layout(mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int, 
     codes = code(place.position[frame], cell)
     order = np.argsort(codes)
     sizes = np.bincount(block)
-    query, key = _block_tiles(order, sizes, tile_q, pad), _block_tiles(order, sizes, tile_k, pad)
+    asking = order[asks[frame[order]]]
+    query = _block_tiles(asking, np.bincount(block[asking], minlength=len(sizes)), tile_q, pad)
+    key = _block_tiles(order, sizes, tile_k, pad)
     shift = _block_starts(sizes, tile_k, pad) - _block_starts(sizes, 1, False)
 
     def slot(bound: np.ndarray) -> np.ndarray:
@@ -201,14 +216,17 @@ def _interval_counts(words: np.ndarray, query: Tiles, key_tiles: int, tile_k: in
 # Box layouts
 
 
-def _box_layout(mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int) -> Layout:
+def _box_layout(mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int, asks: np.ndarray) -> Layout:
     fields = _fields(mask.space, grid)
-    axes = _Axes(mask, grid)
+    axes = _Axes(mask, grid, asks)
     query_box, key_box = _best_boxes(axes, tile_q, tile_k)
-    query, key = _box_tiles(axes, query_box, tile_q), _box_tiles(axes, key_box, tile_k)
+    pieces = [piece[asks[piece // grid.cells]] for piece in _box_pieces(axes, query_box)]
+    asking = [index for index, piece in enumerate(pieces) if len(piece)]
+    query = _tiles([pieces[index] for index in asking], tile_q)
+    key = _tiles(_box_pieces(axes, key_box), tile_k)
     words = _box_words(mask, grid, fields)
     key_words = np.where(key.real, words[0, key.rows], NEVER).astype(np.int32)
-    visible = axes.counts(query_box, key_box)
+    visible = axes.counts(query_box, key_box)[asking]
     return Layout(query, key, words[:, query.rows].astype(np.int32), key_words, fields.test, visible)
 
 
@@ -254,9 +272,12 @@ def _box_words(mask: MaskSpec, grid: VideoGrid, fields: _Fields) -> np.ndarray:
 
 
 class _Axes:
-    """The rule of local3d taken apart by axis: how many pairs of coordinates two segments hold."""
+    """The rule of local3d taken apart by axis: how many pairs of coordinates two segments hold.
 
-    def __init__(self, mask: MaskSpec, grid: VideoGrid) -> None:
+    Frames that ask for nothing see nothing.
+    """
+
+    def __init__(self, mask: MaskSpec, grid: VideoGrid, asks: np.ndarray) -> None:
         space, place = mask.space, positions(mask.order)
         assert space.window is not None
         self.grid = grid
@@ -267,6 +288,7 @@ class _Axes:
         whole |= (level[None] == level[:, None]) & is_open & is_open[:, None]
         distance = abs(self.frames[:, None] - self.frames[None])
         near = distance < (grid.frames if space.frames is None else space.frames)
+        near &= asks[self.frames, None]
         y, x = np.arange(grid.height), np.arange(grid.width)
         near_y = abs(y[:, None] - y) <= space.window[0] // 2
         near_x = abs(x[:, None] - x) <= space.window[1] // 2
@@ -326,9 +348,10 @@ def _boxes(sides: tuple[int, int, int], tile: int) -> list[Box]:
     return [box for box in boxes if prod(box) >= best - best // 8]
 
 
-def _box_tiles(axes: _Axes, box: Box, tile: int) -> Tiles:
+def _box_pieces(axes: _Axes, box: Box) -> list[np.ndarray]:
+    """Tokens of every box."""
     grid = axes.grid
     tokens = np.arange(grid.tokens).reshape(grid.frames, grid.height, grid.width)[axes.frames]
     starts = product(*(range(0, size, side) for size, side in zip(tokens.shape, box, strict=True)))
     slices = (tuple(slice(a, a + side) for a, side in zip(start, box, strict=True)) for start in starts)
-    return _tiles([tokens[cut].ravel() for cut in slices], tile)
+    return [tokens[cut].ravel() for cut in slices]

@@ -47,6 +47,7 @@ def attention(
     text_q: Tensor | None = None,
     scale: float | None = None,
     text_bias: float = 0.0,
+    query_frames: tuple[int, ...] | None = None,
     return_lse: bool = False,
     deterministic: bool = True,
     implementation: Implementation = "auto",
@@ -66,6 +67,7 @@ def attention(
             queries only.
         scale: Factor of the scores; None = 1 / sqrt(D).
         text_bias: Added to the scaled scores of frame queries and text keys; not with gradients.
+        query_frames: Frames whose rows q holds, ascending, where not all ask; outputs then have rows as q has.
         return_lse: Also the log-sum-exp.
         deterministic: Triton's gradients are bitwise the same in every run; False lets that of q be summed
             in any order, with less work.
@@ -80,7 +82,7 @@ def attention(
         raise ValueError("text_k and text_v go together, and text_q needs both")
     if text_valid is None:
         text_valid = torch.ones(text_k.shape[:2], dtype=torch.bool, device=text_k.device)
-    _check(q, k, v, mask, grid, text_k, text_v, text_valid, text_q)
+    _check(q, k, v, mask, grid, text_k, text_v, text_valid, text_q, query_frames)
     scale = _scale(scale, q)
     differentiated = torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v, text_k, text_v))
     if text_bias and differentiated:
@@ -93,12 +95,14 @@ def attention(
         return AttentionOutput(q.clone(), text, lse)
     if choose(implementation, q.device, q.dtype, q.shape[-1]) == "reference":
         if differentiated and not return_lse and not torch.compiler.is_compiling():  # which plan memory themselves
-            out = ReferenceAttention.apply(q, k, v, text_k, text_v, text_valid, mask, grid, scale)
+            out = ReferenceAttention.apply(q, k, v, text_k, text_v, text_valid, mask, grid, scale, query_frames)
             return AttentionOutput(out, text, None)
-        out, lse = grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, scale, text_bias, return_lse)
+        out, lse = grouped_attention(
+            q, k, v, text_k, text_v, text_valid, mask, grid, scale, text_bias, return_lse, query_frames
+        )
         return AttentionOutput(out, text, lse)
     _check_strides(q=q, k=k, v=v, text_k=text_k, text_v=text_v)
-    code, text_valid = _encode(mask, grid), text_valid.contiguous()
+    code, text_valid = _encode(mask, grid, query_frames), text_valid.contiguous()
     if text_bias:
         out, lse2 = _favor_text(q, k, v, text_k, text_v, text_valid, code, scale, text_bias)
     else:
@@ -218,15 +222,20 @@ def _check_decode(
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, grid: VideoGrid, text_k: Tensor, text_v: Tensor,
-    text_valid: Tensor, text_q: Tensor | None,
+    text_valid: Tensor, text_q: Tensor | None, query_frames: tuple[int, ...] | None,
 ) -> None:  # fmt: skip
     if q.dim() != 4:
         raise ValueError(f"q {tuple(q.shape)} is not [B, F, N, D]")
     if len(mask.order.level) != grid.frames:
         raise ValueError(f"mask: the order covers {len(mask.order.level)} frames, the grid has {grid.frames}")
-    B, F, N, D = q.shape
-    if grid.tokens != F:
-        raise ValueError(f"q {tuple(q.shape)} has {F} rows, the grid {grid} has {grid.tokens} tokens")
+    (B, R, N, D), F = q.shape, grid.tokens
+    if query_frames is None and F != R:
+        raise ValueError(f"q {tuple(q.shape)} has {R} rows, the grid {grid} has {F} tokens")
+    if query_frames is not None:
+        if not query_frames or sorted(set(query_frames) & set(range(grid.frames))) != list(query_frames):
+            raise ValueError(f"query_frames {query_frames} are not ascending frames of the grid {grid}")
+        if len(query_frames) * grid.cells != R:
+            raise ValueError(f"q {tuple(q.shape)} has {R} rows, {len(query_frames)} frames of {grid} have others")
     M, L = _key_heads(q, k), text_k.shape[1] if text_k.dim() == 4 else 0
     keys, text = (B, F, M, D), (B, L, M, D)
     queries = {} if text_q is None else {"text_q": (text_q, (B, L, N, D))}
@@ -270,19 +279,21 @@ def _check_strides(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}: channels must be adjacent")
 
 
-def _encode(mask: MaskSpec, grid: VideoGrid) -> list[int]:
-    """A mask and its grid as operators can take them."""
-    space = mask.space
-    head = [grid.frames, grid.height, grid.width, _KINDS.index(space.kind), *(space.window or (0, 0))]
-    return [*head, space.frames or 0, *space.shift, *mask.order.level, *map(int, mask.order.open)]
+def _encode(mask: MaskSpec, grid: VideoGrid, queries: tuple[int, ...] | None = None) -> list[int]:
+    """A mask, its grid and the frames that ask, as operators can take them."""
+    space, asking = mask.space, queries or ()
+    head = [len(asking), *asking, grid.frames, grid.height, grid.width, _KINDS.index(space.kind)]
+    head += [*(space.window or (0, 0)), space.frames or 0, *space.shift]
+    return [*head, *mask.order.level, *map(int, mask.order.open)]
 
 
-def _decode(code: Sequence[int]) -> tuple[MaskSpec, VideoGrid]:
-    frames, height, width, kind, window_y, window_x, near, shift_y, shift_x, *order = code
+def _decode(code: Sequence[int]) -> tuple[MaskSpec, VideoGrid, tuple[int, ...] | None]:
+    asking, rest = tuple(code[1 : 1 + code[0]]), code[1 + code[0] :]
+    frames, height, width, kind, window_y, window_x, near, shift_y, shift_x, *order = rest
     window = (window_y, window_x) if window_y else None
     space = Space(_KINDS[kind], window, near or None, (shift_y, shift_x))
     is_open = tuple(map(bool, order[frames:]))
-    return MaskSpec(Order(tuple(order[:frames]), is_open), space), VideoGrid(frames, height, width)
+    return MaskSpec(Order(tuple(order[:frames]), is_open), space), VideoGrid(frames, height, width), asking or None
 
 
 def _prepare(
@@ -293,8 +304,8 @@ def _prepare(
     from megacog_kernels.attention.calls import Inputs, text_rows
     from megacog_kernels.attention.configurations import configurations, is_dense
 
-    mask, grid = _decode(code) if code else text_rows(q.shape[1])
-    inputs = Inputs(q, k, v, text_k, text_v, text_valid, mask, grid, scale)
+    mask, grid, queries = _decode(code) if code else (*text_rows(q.shape[1]), None)
+    inputs = Inputs(q, k, v, text_k, text_v, text_valid, mask, grid, scale, queries)
     capability = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
     return inputs, configurations(q.shape[3], q.dtype, bool(code) and is_dense(mask), capability)
 
@@ -314,7 +325,7 @@ def _decode_attend(
     """[B, R, N, D], contiguous."""
     from megacog_kernels.attention.decode import decode
 
-    return decode(q, k, v, text_valid, tokens, *_decode(code), scale, text_bias, splits)
+    return decode(q, k, v, text_valid, tokens, *_decode(code)[:2], scale, text_bias, splits)
 
 
 @_decode_attend.register_fake

@@ -64,8 +64,10 @@ class TilePlan:
 
 
 @lru_cache(maxsize=128)
-def tile_plan(mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int) -> TilePlan:
-    """The plan of one mask on one grid.
+def tile_plan(
+    mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int, queries: tuple[int, ...] | None = None
+) -> TilePlan:
+    """The plan of one mask on one grid; of the frames `queries` only, where not all ask (see layout.py).
 
     Raises:
         ValueError: The grid has no tokens, or the order does not cover its frames.
@@ -74,7 +76,7 @@ def tile_plan(mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int) -> Tile
         raise ValueError(f"grid {grid} has no tokens")
     if len(mask.order.level) != grid.frames:
         raise ValueError(f"the order covers {len(mask.order.level)} frames, the grid has {grid.frames}")
-    cut = layout(mask, grid, tile_q, tile_k)
+    cut = layout(mask, grid, tile_q, tile_k, queries)
     full = cut.visible == cut.query.count[:, None].astype(np.int64) * tile_k
     partial = (cut.visible > 0) & ~full
     return TilePlan(

@@ -28,6 +28,7 @@ def video_attention(
     grid: VideoGrid,
     scale: float | None = None,
     text_bias: float = 0.0,
+    queries: tuple[int, ...] | None = None,
 ) -> Tensor:
     """One softmax of every frame query over the valid text keys and its visible frame keys.
 
@@ -41,31 +42,34 @@ def video_attention(
         grid: The video grid.
         scale: Factor of the scores; None = 1 / sqrt(D).
         text_bias: Added to the scaled scores of text keys.
+        queries: Frames whose rows q holds; None = all.
 
     Returns:
-        [B, F, N, D] in the dtype of q.
+        As q.
 
     Raises:
         ValueError: The frame rows do not fit the grid.
     """
-    if q_BFND.shape[1] != grid.tokens or k_BFND.shape[1] != grid.tokens:
+    asking = tuple(range(grid.frames)) if queries is None else queries
+    if q_BFND.shape[1] != len(asking) * grid.cells or k_BFND.shape[1] != grid.tokens:
         raise ValueError(f"q has {q_BFND.shape[1]} and k {k_BFND.shape[1]} rows, the grid {grid} has {grid.tokens}")
-    frames = (grid.frames, grid.cells)
-    q_BPND, k_BPND, v_BPND = (rows.unflatten(1, frames).unbind(1) for rows in (q_BFND, k_BFND, v_BFND))
-    outputs = []
-    for frame, (keys, allowed) in enumerate(_frame_masks(mask, grid)):
+    q_BPND, k_BPND, v_BPND = (rows.unflatten(1, (-1, grid.cells)).unbind(1) for rows in (q_BFND, k_BFND, v_BFND))
+    masks, outputs = _frame_masks(mask, grid), []
+    for index, frame in enumerate(asking):
+        keys, allowed = masks[frame]
         allowed_PK = torch.from_numpy(allowed).to(q_BFND.device)
         k_BKND = torch.cat([text_k_BLND, *(k_BPND[key] for key in keys)], dim=1)
         v_BKND = torch.cat([text_v_BLND, *(v_BPND[key] for key in keys)], dim=1)
         allowed_BPK = _join(text_valid_BL, allowed_PK)
         added_BPK = _favor_text(allowed_BPK, text_k_BLND.shape[1], text_bias, k_BKND)
-        outputs.append(_attend(q_BPND[frame], k_BKND, v_BKND, added_BPK, scale))
+        outputs.append(_attend(q_BPND[index], k_BKND, v_BKND, added_BPK, scale))
     return torch.cat(outputs, dim=1)
 
 
 def grouped_attention(
     q_BFND: Tensor, k_BFMD: Tensor, v_BFMD: Tensor, text_k_BLMD: Tensor, text_v_BLMD: Tensor, text_valid_BL: Tensor,
     mask: MaskSpec, grid: VideoGrid, scale: float, text_bias: float, return_lse: bool,
+    queries: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`video_attention` with N / M query heads per key head and a scale of the scores.
 
@@ -74,11 +78,11 @@ def grouped_attention(
     """
     group = q_BFND.shape[2] // k_BFMD.shape[2]
     k, v, text_k, text_v = (_repeat(part, group) for part in (k_BFMD, v_BFMD, text_k_BLMD, text_v_BLMD))
-    frames = video_attention(q_BFND, k, v, text_k, text_v, text_valid_BL, mask, grid, scale, text_bias)
+    frames = video_attention(q_BFND, k, v, text_k, text_v, text_valid_BL, mask, grid, scale, text_bias, queries)
     if not return_lse:
         return frames, None
     keys = torch.cat([text_k, k], dim=1)
-    return frames, _log_sum_exp(q_BFND, keys, text_valid_BL, mask, grid, scale, text_bias)
+    return frames, _log_sum_exp(q_BFND, keys, text_valid_BL, mask, grid, scale, text_bias, queries)
 
 
 def grouped_text_attention(q_BLND: Tensor, k_BLMD: Tensor, v_BLMD: Tensor, valid_BL: Tensor, scale: float) -> Tensor:
@@ -93,10 +97,13 @@ def _repeat(x_BRMD: Tensor, group: int) -> Tensor:
 
 def _log_sum_exp(
     q_BFND: Tensor, k_BKND: Tensor, text_valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid, scale: float,
-    text_bias: float,
+    text_bias: float, queries: tuple[int, ...] | None,
 ) -> Tensor:  # fmt: skip
     with torch.no_grad():
-        allowed_BFK = _join(text_valid_BL, torch.from_numpy(_dense_mask(mask, grid)).to(q_BFND.device))
+        allowed = _dense_mask(mask, grid)
+        if queries is not None:
+            allowed = np.concatenate([allowed[f * grid.cells : (f + 1) * grid.cells] for f in queries])
+        allowed_BFK = _join(text_valid_BL, torch.from_numpy(allowed).to(q_BFND.device))
         scores_BNFK = torch.einsum("bfnd,bknd->bnfk", q_BFND.float(), k_BKND.float()) * scale
         scores_BNFK[..., : text_valid_BL.shape[1]] += text_bias
         return scores_BNFK.masked_fill(~allowed_BFK[:, None], float("-inf")).logsumexp(dim=-1)

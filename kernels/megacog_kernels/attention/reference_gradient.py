@@ -17,13 +17,14 @@ from megacog_kernels.keep import kept
 
 
 class ReferenceAttention(torch.autograd.Function):
-    """`grouped_attention` of q, k, v, text_k, text_v, text_valid, mask, grid and scale: [B, F, N, D]."""
+    """`grouped_attention` of q, k, v, text_k, text_v, text_valid, mask, grid, scale and query frames."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.mask, ctx.grid, ctx.scale = arguments
+        *tensors, mask, grid, scale, queries = arguments
+        ctx.rule = (mask, grid, scale, queries)
         ctx.save_for_backward(*tensors)
-        (out,) = kept(lambda: (_forward(tensors, ctx.mask, ctx.grid, ctx.scale),))
+        (out,) = kept(lambda: (_forward(tensors, *ctx.rule),))
         return out
 
     @staticmethod
@@ -32,11 +33,13 @@ class ReferenceAttention(torch.autograd.Function):
         needed = ctx.needs_input_grad[: len(tensors)]
         with torch.enable_grad():
             inputs = [part.detach().requires_grad_(want) for part, want in zip(tensors, needed, strict=True)]
-            out = _forward([*inputs, text_valid], ctx.mask, ctx.grid, ctx.scale)
+            out = _forward([*inputs, text_valid], *ctx.rule)
         gradients = iter(torch.autograd.grad(out, [part for part in inputs if part.requires_grad], grad_out))
-        return (*(next(gradients) if want else None for want in needed), None, None, None, None)
+        return (*(next(gradients) if want else None for want in needed), *[None] * 5)
 
 
-def _forward(tensors: list[Tensor], mask: MaskSpec, grid: VideoGrid, scale: float) -> Tensor:
+def _forward(
+    tensors: list[Tensor], mask: MaskSpec, grid: VideoGrid, scale: float, queries: tuple[int, ...] | None
+) -> Tensor:
     q, k, v, text_k, text_v, text_valid = tensors
-    return grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, scale, 0.0, False)[0]
+    return grouped_attention(q, k, v, text_k, text_v, text_valid, mask, grid, scale, 0.0, False, queries)[0]

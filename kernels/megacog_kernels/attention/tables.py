@@ -33,9 +33,12 @@ class Tables:
 
 
 @cache  # never forgotten: a captured CUDA graph reads them
-def tables(mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int, device: torch.device) -> Tables:
+def tables(
+    mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int, device: torch.device,
+    queries: tuple[int, ...] | None = None,
+) -> Tables:  # fmt: skip
     """The tables of `tile_plan`, kept for the next call."""
-    plan = tile_plan(mask, grid, tile_q, tile_k)
+    plan = tile_plan(mask, grid, tile_q, tile_k, queries)
 
     def to(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
@@ -54,12 +57,12 @@ def tables(mask: MaskSpec, grid: VideoGrid, tile_q: int, tile_k: int, device: to
         key_words=to(plan.key_words if plan.key_words is not None else np.zeros(1)),
         by_query=visits(plan.by_query),
         by_key=visits(plan.by_key),
-        contiguous=_contiguous(plan, grid.tokens),
+        contiguous=_contiguous(plan),
     )
 
 
-def _contiguous(plan: TilePlan, tokens: int) -> bool:
+def _contiguous(plan: TilePlan) -> bool:
     """Only where the rest is plain, too: every further combination is a kernel more to compile."""
     sides = (plan.query.rows.ravel(), plan.key.rows.ravel())
-    in_order = all(np.array_equal(rows, np.minimum(np.arange(rows.size), tokens - 1)) for rows in sides)
+    in_order = all(np.array_equal(rows, np.minimum(np.arange(rows.size), rows.max())) for rows in sides)
     return in_order and plan.simple and plan.box is None
