@@ -17,7 +17,6 @@ from megacog.config.schema import ModelConfig, Stage
 from megacog.errors import CheckpointError
 from megacog.interop.parity import Difference, difference
 from megacog.interop.plain import Inputs, Weight, plain_logits
-from megacog.model.layer import Layer
 from megacog.model.transformer import CogVideo
 
 SIDE = 4
@@ -78,39 +77,28 @@ def _streamed(config: ModelConfig, stage: Stage, read: Callable[[str], Tensor]) 
     with torch.device("meta"):
         model = CogVideo(config, () if stage == "base" else (stage,)).eval()
     plus = model.plus_of(stage)
-    for table in (model.code_embedding, model.text_embedding):
-        _stream_table(model, table, read)
+    groups: list[tuple[nn.Module, list[nn.Module]]] = [
+        (model.code_embedding, [model.code_embedding]), (model.text_embedding, [model.text_embedding])
+    ]  # fmt: skip
     for index, layer in enumerate(model.layers):
-        _stream_layer(model, layer, [layer] if plus is None else [layer, plus.layers[index]], read)
+        groups.append((layer, [layer] if plus is None else [layer, plus.layers[index]]))
+    for trigger, modules in groups:
+        _stream(model, trigger, modules, read)
     resident = [model.position_embedding, model.final_layernorm]
     _load(model, resident if plus is None else [*resident, plus.position_embedding], read)
     return model
 
 
-def _stream_table(model: CogVideo, table: nn.Module, read: Callable[[str], Tensor]) -> None:
-    table.register_forward_pre_hook(lambda *_: _load(model, [table], read))
-    table.register_forward_hook(lambda *_: _unload([table]))
-
-
-def _stream_layer(model: CogVideo, layer: Layer, modules: list[nn.Module], read: Callable[[str], Tensor]) -> None:
-    """A layer runs by two methods, no forward: its text rows, then its frames."""
-    text_rows, all_frames = layer.text_rows, layer.all_frames
-
-    def first(*arguments: Any) -> Any:
+def _stream(model: CogVideo, trigger: nn.Module, modules: list[nn.Module], read: Callable[[str], Tensor]) -> None:
+    def before(*_: object) -> None:
         _load(model, modules, read)
-        return text_rows(*arguments)
 
-    def last(*arguments: Any) -> Any:
-        result = all_frames(*arguments)
-        _unload(modules)
-        return result
+    def after(*_: object) -> None:
+        for module in modules:
+            module.to("meta")
 
-    layer.text_rows, layer.all_frames = first, last  # type: ignore[method-assign, assignment]
-
-
-def _unload(modules: list[nn.Module]) -> None:
-    for module in modules:
-        module.to("meta")
+    trigger.register_forward_pre_hook(before)
+    trigger.register_forward_hook(after)
 
 
 def _load(model: CogVideo, modules: list[nn.Module], read: Callable[[str], Tensor]) -> None:
