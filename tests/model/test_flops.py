@@ -1,0 +1,98 @@
+"""The counted work against torch's own counter and against the dense masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacog.config.schema import ModelConfig
+from megacog.model.flops import tokens_per_sample, training_work, visible_pairs
+from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, dense_mask
+
+RELEASE = ModelConfig(
+    num_layers=48, hidden_size=3072, num_heads=48, grid=(20, 20), text_length=64, text_positions=512,
+    image_vocab_size=20000, text_vocab_size=130010, boi_id=130000,
+)  # fmt: skip
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> tuple[MaskSpec, VideoGrid]:
+    frames, height, width = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    level = tuple(draw(st.lists(st.integers(0, 2), min_size=frames, max_size=frames)))
+    is_open = tuple(draw(st.lists(st.booleans(), min_size=frames, max_size=frames)))
+    window = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    shift = (draw(st.integers(0, 3)), draw(st.integers(0, 3)))
+    reach = draw(st.none() | st.integers(1, 3))
+    spaces = [
+        Space(), Space("frame"), Space("local3d", window, reach), Space("shifted_window", window, shift=shift)
+    ]  # fmt: skip
+    return MaskSpec(Order(level, is_open), draw(st.sampled_from(spaces))), VideoGrid(frames, height, width)
+
+
+@settings(max_examples=300)
+@given(masks())
+def test_visible_pairs_are_the_elements_of_the_dense_mask(case: tuple[MaskSpec, VideoGrid]) -> None:
+    mask, grid = case
+    by_frame = dense_mask(mask, grid).reshape(grid.frames, grid.cells, -1).sum(axis=(1, 2))
+    assert visible_pairs(mask, grid) == tuple(by_frame)
+
+
+def test_large_grids_are_counted_without_their_masks() -> None:
+    """32 x 60 x 60 tokens have a mask of 13 GB; here against a sum over axes written out."""
+    grid = VideoGrid(32, 60, 60)
+    side = [min(59, u + 8) - max(0, u - 8) + 1 for u in range(60)]
+    near = sum(side) ** 2
+    seen = visible_pairs(MaskSpec(Order.sequential(32), Space("local3d", (17, 17))), grid)
+    assert seen == tuple(frame * near + (near + 3600) // 2 for frame in range(32))
+    assert sum(seen) == 460_194_048
+
+
+def test_the_sequential_stage_of_the_9b_model_by_hand() -> None:
+    """70.93 TFLOP per sample; whole layers, all gradients and five attention products backward would be 72.8.
+
+    The difference: 0.93 for gradients of text rows, 0.77 for the scores that a fused backward pass computes again
+    (no work of the model), 0.35 for rows that the last layer leaves out and attention-plus queries of the text.
+    """
+    C, F, L, Q, N = 3072, 2000, 64, 1600, 48
+    square = 2 * C * C
+    whole = {"frozen": (N - 1) * 12 * square * (2 * F + L), "trained": (N - 1) * (12 * square * F + 4 * square * L)}
+    last = {
+        "frozen": 2 * 12 * square * Q + 2 * square * L,
+        "trained": 3 * square * (2 * F + 2 * Q) + 4 * square * L,
+    }  # fmt: skip
+    own, full = 400 * 401 // 2, [frame * 400 * 400 + 400 * 401 // 2 for frame in range(5)]
+
+    def attention(frames: range, text: int) -> int:
+        rows = 400 * len(frames)
+        return 4 * C * (text + 3 * own * len(frames) + 3 * sum(full[f] for f in frames) + (2 + 3) * rows * L)
+
+    work = training_work(RELEASE, "sequential")
+    assert work.frozen == whole["frozen"] + last["frozen"]
+    assert work.trained == whole["trained"] + last["trained"]
+    assert work.attention == (N - 1) * attention(range(5), L * L) + attention(range(1, 5), 0)
+    assert work.head == 2 * 2 * C * 20000 * Q
+    assert work.model == pytest.approx(70.935e12, rel=1e-4)
+    assert tokens_per_sample(RELEASE, "sequential") == 2064
+
+    scores_again = work.attention / 6  # one of the backward pass's five products
+    text_gradients = N * 16 * square * L
+    left_out = 12 * 2 * square * 400 + 10 * square * L + 3 * 2 * square * 400 + N * 2 * square * L
+    assert scores_again / 1e12 == pytest.approx(0.77, abs=0.01)
+    assert text_gradients / 1e12 == pytest.approx(0.93, abs=0.01)
+    assert (work.model + scores_again + text_gradients + left_out) / 1e12 == pytest.approx(72.8, rel=0.003)
+
+
+def test_windows_and_known_frames_make_interpolation_cheaper() -> None:
+    sequential, interpolation = (training_work(RELEASE, stage) for stage in ("sequential", "interpolation"))
+    assert interpolation.attention < 0.6 * sequential.attention
+    assert interpolation.head == sequential.head // 2
+    assert np.isclose(interpolation.frozen, sequential.frozen, rtol=0.01)
+
+
+def test_the_base_stage_trains_everything() -> None:
+    work = training_work(RELEASE, "base")
+    assert work.frozen == 0
+    rows = 464 * 48 * 12 - 64 * 10  # the last layer needs keys and values of its text only
+    assert work.trained == 3 * 2 * 3072**2 * rows
