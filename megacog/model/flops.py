@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from megacog.config.schema import ModelConfig, Stage
+from megacog.config.schema import Checkpointing, ModelConfig, Stage
 from megacog.model.layout import StageLayout, stage_layout
 from megacog_kernels.grid import MaskSpec, Order, VideoGrid, dense_mask
 
@@ -71,43 +71,77 @@ def visible_pairs(mask: MaskSpec, grid: VideoGrid) -> tuple[int, ...]:
     return tuple(int(n) for n in np.where(mask.order.open, seen_T, seen_T - later))
 
 
-def training_work(model: ModelConfig, stage: Stage) -> Work:
-    """Work of forward and backward for one sample of a stage."""
+def training_work(model: ModelConfig, stage: Stage, policy: Checkpointing = "none") -> Work:
+    """Work of forward and backward for one sample of a stage.
+
+    Args:
+        model: Its shape and masks.
+        stage: Which sequence, and what is trained.
+        policy: `train.activation_checkpointing`: what is recomputed. Layers as a whole by `full`; by `selective`
+            queries, keys, values and the MLP's first product.
+    """
     layout = stage_layout(model, stage)
     head = 2 * model.hidden_size * model.image_vocab_size * len(layout.loss_frames) * layout.grid.cells
     total = Work(head=(3 if stage == "base" else 2) * head)
     for layer in range(model.num_layers):
-        total += _layer_work(model, layout, layer)
+        total += _layer_work(model, layout, layer, policy)
     return total
 
 
-def _layer_work(model: ModelConfig, layout: StageLayout, layer: int) -> Work:
+def _layer_work(model: ModelConfig, layout: StageLayout, layer: int, policy: Checkpointing) -> Work:
     """Forward and backward of one layer."""
-    C, L, video = model.hidden_size, layout.text_length, layout.stage != "base"
-    last = layer == model.num_layers - 1
-    matrix = 2 * C * C
-    """One C x C matrix on one row."""
-    forth = 2 * matrix + 4 * C * model.ffn
-    """Queries, output projection and MLP."""
-    frames = range(layout.grid.frames) if not last else layout.loss_frames
-    rows = len(frames) * layout.grid.cells
-    text = 4 * C * L * L if not last else 0
-    base_text = 2 * matrix * L + (forth * L if not last else 0)
-    base_frames = (2 * matrix + forth) * rows
-    base_seen = 4 * C * sum(visible_pairs(layout.base_mask, layout.grid)[frame] for frame in frames)
+    C, L, last = model.hidden_size, layout.text_length, layer == model.num_layers - 1
+    frames = layout.loss_frames if last else tuple(range(layout.grid.frames))
+    rows, text_rows = len(frames) * layout.grid.cells, 0 if last else L
+    """Rows that go on to the next layer, or to the head."""
+    base, plus = _Channel(C, model.ffn), _Channel(C, 0)
     text_seen = 4 * C * rows * L
     """Frame queries and text keys of one channel."""
-    if not video:
-        return Work(trained=3 * (base_text + base_frames), attention=3 * (text + base_seen + text_seen))
+    text_attention, base_seen = 4 * C * text_rows * L, _seen(C, layout.base_mask, layout, frames)
+    if layout.stage == "base":
+        linear = base.forward(L, text_rows) + base.forward(rows, rows)
+        attention = text_attention + base_seen + text_seen
+        again = {"none": 0, "selective": base.again(L, text_rows) + base.again(rows, rows), "full": linear + attention}
+        return Work(trained=3 * linear, attention=3 * attention, recomputed=again[policy])
     mask = layout.plus_mask(getattr(model.attention, layout.stage), layer)
-    plus_seen = 4 * C * sum(visible_pairs(mask, layout.grid)[frame] for frame in frames)
-    plus_keys = _seen_frames(mask, layout.grid.frames, tuple(frames)) * layout.grid.cells
-    plus = 2 * matrix * (plus_keys + rows)
+    plus_seen = _seen(C, mask, layout, frames)
+    keys = _seen_frames(mask, layout.grid.frames, frames) * layout.grid.cells
+    plus_text = plus.forward(L, 0)
+    again = {
+        "none": 0,
+        "selective": base.again(rows, rows) + plus.again(keys, rows) + plus_text,
+        "full": base.forward(rows, rows) + plus.forward(keys, rows) + plus_text + base_seen + plus_seen + 2 * text_seen,
+    }
     return Work(
-        frozen=base_text + 2 * base_frames,
-        trained=2 * (2 * matrix * L) + 3 * plus,  # keys and values of the text: no gradient of their input
-        attention=text + 3 * base_seen + 2 * text_seen + 3 * (plus_seen + text_seen),
+        frozen=base.forward(L, text_rows) + 2 * base.forward(rows, rows),
+        trained=2 * plus_text + 3 * plus.forward(keys, rows),  # no gradient of the text's rows
+        attention=text_attention + 3 * base_seen + 2 * text_seen + 3 * (plus_seen + text_seen),
+        recomputed=again[policy],
     )
+
+
+@dataclass(frozen=True)
+class _Channel:
+    """Linear layers of a channel, and of the MLP behind it."""
+
+    width: int
+    ffn: int
+
+    def forward(self, keys: int, rows: int) -> int:
+        """Keys and values of some rows; queries, output projection and MLP of those that go on."""
+        C = self.width
+        return 4 * C * C * keys + (4 * C * C + 4 * C * self.ffn) * rows
+
+    def again(self, keys: int, rows: int) -> int:
+        """The same without the outputs that selective checkpointing keeps."""
+        C = self.width
+        return 4 * C * C * keys + (2 * C * C + 2 * C * self.ffn) * rows
+
+
+def _seen(width: int, mask: MaskSpec, layout: StageLayout, frames: tuple[int, ...]) -> int:
+    """Forward pass of attention between frame tokens, for the queries of some frames."""
+    pairs = visible_pairs(mask, layout.grid)
+    return 4 * width * sum(pairs[frame] for frame in frames)
 
 
 def _seen_frames(mask: MaskSpec, frames: int, queries: tuple[int, ...]) -> int:

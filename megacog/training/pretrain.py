@@ -324,7 +324,7 @@ def save(state: RunState, step: int) -> None:
 def build_throughput(config: Config, ranks: Ranks) -> Throughput:
     stage = config.train.stage
     peak = config.metrics.peak_tflops or peak_tflops(device_name(), config.train.precision)
-    work = training_work(config.model, stage)
+    work = training_work(config.model, stage, config.train.activation_checkpointing)
     return Throughput(work.model, work.hardware, tokens_per_sample(config.model, stage), ranks.world_size, peak)
 
 

@@ -96,3 +96,16 @@ def test_the_base_stage_trains_everything() -> None:
     assert work.frozen == 0
     rows = 464 * 48 * 12 - 64 * 10  # the last layer needs keys and values of its text only
     assert work.trained == 3 * 2 * 3072**2 * rows
+
+
+def test_recomputation_is_work_of_the_hardware_only() -> None:
+    none, selective, full = (training_work(RELEASE, "sequential", policy) for policy in ("none", "selective", "full"))
+    assert none.recomputed == 0 and none.hardware == none.model == selective.model == full.model
+    square = 2 * 3072**2
+    by_layer = (3 + 3 + 4) * square * 2000 + 2 * square * 64
+    last = (3 + 4) * square * 1600 + (2 * 2000 + 1600) * square + 2 * square * 64
+    assert selective.recomputed == 47 * by_layer + last
+    forward = 31.4e12 - 0.2e12  # the whole forward pass, without its head
+    assert full.recomputed == pytest.approx(forward, rel=0.03)
+    base = training_work(RELEASE, "base", "full")
+    assert base.recomputed == (base.trained + base.attention) // 3
