@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_model import batch, model_config
+from torch.utils.flop_counter import FlopCounterMode
 
-from megacog.config.schema import ModelConfig
+from megacog.config.schema import Checkpointing, ModelConfig, Stage
 from megacog.model.flops import tokens_per_sample, training_work, visible_pairs
+from megacog.model.init import initialize_base, initialize_plus
+from megacog.model.layout import stage_layout
+from megacog.model.transformer import CogVideo
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid, dense_mask
 
 RELEASE = ModelConfig(
@@ -109,3 +115,43 @@ def test_recomputation_is_work_of_the_hardware_only() -> None:
     assert full.recomputed == pytest.approx(forward, rel=0.03)
     base = training_work(RELEASE, "base", "full")
     assert base.recomputed == (base.trained + base.attention) // 3
+
+
+def counted_linear(stage: Stage, policy: Checkpointing, config: ModelConfig, samples: int = 2) -> int:
+    """What torch counts in the matrix products of a real forward and backward pass, without attention and head."""
+    model = CogVideo(config, () if stage == "base" else (stage,), activation_checkpointing=policy)
+    initialize_base(model, seed=1)
+    if stage != "base":
+        initialize_plus(model, stage, "copy", seed=1)
+    model.trainable(stage)
+    model.train()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(*batch(config, stage_layout(config, stage).grid.frames, samples), stage).loss.backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+def attention_forward(config: ModelConfig, stage: Stage) -> int:
+    """Of all frame rows that a loss needs, in both channels, from the dense masks."""
+    layout, pairs = stage_layout(config, stage), 0
+    for layer in range(config.num_layers):
+        masks = [layout.base_mask]
+        if stage != "base":
+            masks.append(layout.plus_mask(getattr(config.attention, stage), layer))
+        frames = list(layout.loss_frames if layer == config.num_layers - 1 else range(layout.grid.frames))
+        for mask in masks:
+            seen = dense_mask(mask, layout.grid).reshape(layout.grid.frames, -1)[frames].sum()
+            pairs += int(seen) + len(frames) * config.cells * config.text_length
+    return 4 * config.hidden_size * pairs
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("stage", ["base", "sequential", "interpolation"])
+def test_linear_work_is_what_torch_counts_in_a_real_step(stage: Stage, policy: Checkpointing) -> None:
+    config = model_config(num_layers=3, ffn_size=80)
+    work = training_work(config, stage, policy)
+    again = work.recomputed - (attention_forward(config, stage) if policy == "full" else 0)
+    if policy == "full" and stage == "base":
+        again -= 2 * 4 * 32 * 6 * 6  # the text's own attention in the two layers that need it
+    assert counted_linear(stage, policy, config) == 2 * (work.frozen + work.trained + again)
