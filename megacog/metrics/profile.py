@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -63,14 +63,15 @@ def profile_step(step: Callable[[], Any], device: torch.device, largest: int = 1
         step()
         synchronize(device)
         wall = time.perf_counter() - start
-    seconds: Counter[Kind] = Counter()
-    by_name: Counter[str] = Counter()
+    seconds: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+    by_name: defaultdict[str, float] = defaultdict(float)
     for name, operators, spent in _kernels(profiler) if gpu else _operators(profiler):
         seconds[kind_of(operators)] += spent
         by_name[name] += spent
-    total = _kernel_seconds(profiler) if gpu else sum(seconds.values())
-    known = {kind: float(seconds[kind]) for kind in KINDS}
-    return StepProfile(known, max(0.0, total - sum(known.values())), wall, tuple(by_name.most_common(largest)))
+    known = sum(seconds.values())
+    total = _kernel_seconds(profiler) if gpu else known
+    ranked = sorted(by_name.items(), key=lambda item: item[1], reverse=True)
+    return StepProfile(seconds, max(0.0, total - known), wall, tuple(ranked[:largest]))
 
 
 def kind_of(operators: tuple[str, ...]) -> Kind:
@@ -107,7 +108,7 @@ def _kernels(profiler: Any) -> Iterator[tuple[str, tuple[str, ...], float]]:
 def _kernel_seconds(profiler: Any) -> float:
     """Of all kernels and copies on the GPU, whoever started them."""
     events = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(event.device_time for event in events if not getattr(event, "is_user_annotation", False)) / 1e6
+    return float(sum(event.device_time for event in events if not event.is_user_annotation)) / 1e6
 
 
 def _chain(event: Any) -> tuple[str, ...]:

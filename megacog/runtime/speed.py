@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def _host_times(run: Callable[[], Any], calls: int) -> list[float]:
 
 
 def _device_times(run: Callable[[], Any], calls: int) -> list[float]:
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+    event: Any = partial(torch.cuda.Event, enable_timing=True)
+    marks = [(event(), event()) for _ in range(calls)]
     for start, end in marks:
         start.record()
         run()
