@@ -5,12 +5,12 @@ that the mask lets a query see, and gradients where something trained depends on
 
 - frozen matrices take no weight gradient, and text rows of the video stages no gradient at all;
 - text rows have no attention-plus queries, and the last layer needs no text rows but their keys and values;
-- in the last layer, queries, output projections and MLP are needed for predicted rows only, keys and values for what these see;
+- in the last layer, queries, output projections and MLP are needed for predicted rows only, keys and values for all;
 - the head runs at predicted rows, over the image codes.
 
 The model's work holds no recomputation: attention's backward pass counts twice its forward pass, though fused
 kernels compute the scores again.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _layer_work(model: ModelConfig, layout: StageLayout, layer: int, policy: Che
     """Forward and backward of one layer."""
     C, L, last = model.hidden_size, layout.text_length, layer == model.num_layers - 1
     frames = layout.loss_frames if last else tuple(range(layout.grid.frames))
-    rows, text_rows = len(frames) * layout.grid.cells, 0 if last else L
+    all_rows, rows, text_rows = layout.grid.tokens, len(frames) * layout.grid.cells, 0 if last else L
     """Rows that go on to the next layer, or to the head."""
     base, plus = _Channel(C, model.ffn), _Channel(C, 0)
     text_seen = 4 * C * rows * L
@@ -105,16 +105,16 @@ def _layer_work(model: ModelConfig, layout: StageLayout, layer: int, policy: Che
         return Work(trained=3 * linear, attention=3 * attention, recomputed=again[policy])
     mask = layout.plus_mask(getattr(model.attention, layout.stage), layer)
     plus_seen = _seen(C, mask, layout, frames)
-    keys = _seen_frames(mask, layout.grid.frames, frames) * layout.grid.cells
     plus_text = plus.forward(L, 0)
+    base_frames, plus_frames = base.forward(all_rows, rows), plus.forward(all_rows, rows)
     again = {
         "none": 0,
-        "selective": base.again(rows, rows) + plus.again(keys, rows) + plus_text,
-        "full": base.forward(rows, rows) + plus.forward(keys, rows) + plus_text + base_seen + plus_seen + 2 * text_seen,
+        "selective": base.again(all_rows, rows) + plus.again(all_rows, rows) + plus_text,
+        "full": base_frames + plus_frames + plus_text + base_seen + plus_seen + 2 * text_seen,
     }
     return Work(
-        frozen=base.forward(L, text_rows) + 2 * base.forward(rows, rows),
-        trained=2 * plus_text + 3 * plus.forward(keys, rows),  # no gradient of the text's rows
+        frozen=base.forward(L, text_rows) + 2 * base_frames,
+        trained=2 * plus_text + 3 * plus_frames,  # no gradient of the text's rows
         attention=text_attention + 3 * base_seen + 2 * text_seen + 3 * (plus_seen + text_seen),
         recomputed=again[policy],
     )
@@ -142,11 +142,6 @@ def _seen(width: int, mask: MaskSpec, layout: StageLayout, frames: tuple[int, ..
     """Forward pass of attention between frame tokens, for the queries of some frames."""
     pairs = visible_pairs(mask, layout.grid)
     return 4 * width * sum(pairs[frame] for frame in frames)
-
-
-def _seen_frames(mask: MaskSpec, frames: int, queries: tuple[int, ...]) -> int:
-    """How many frames some query frame sees."""
-    return int(dense_mask(mask, VideoGrid(frames, 1, 1))[list(queries)].any(axis=0).sum())
 
 
 def tokens_per_sample(model: ModelConfig, stage: Stage) -> int:
