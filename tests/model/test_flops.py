@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import batch, model_config
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from megacog.config.schema import Checkpointing, ModelConfig, Stage
 from megacog.model.flops import tokens_per_sample, training_work, visible_pairs
@@ -125,11 +125,12 @@ def counted_linear(stage: Stage, policy: Checkpointing, config: ModelConfig, sam
         initialize_plus(model, stage, "copy", seed=1)
     model.trainable(stage)
     model.train()
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop})
     with counter:
         model(*batch(config, stage_layout(config, stage).grid.frames, samples), stage).loss.backward()
     counts = counter.get_flop_counts()["Global"]
-    return sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    aten = torch.ops.aten
+    return sum(counts.get(op, 0) for op in (aten.mm, aten.addmm, aten.addmm_, aten.bmm))
 
 
 def attention_forward(config: ModelConfig, stage: Stage) -> int:
