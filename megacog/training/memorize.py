@@ -164,7 +164,7 @@ def memorizing_config(arguments: argparse.Namespace) -> Config:
     default = GPU_CONFIG if torch.cuda.is_available() else CPU_CONFIG
     settings = (
         "model.embedding_dropout=0", "model.mlp_dropout=0", "train.weight_decay=0", "train.gradient_clip=1.0",
-        "train.learning_rate=5e-4", "train.warmup_steps=20", "train.log_every=1", "checkpoint.keep_last=1",
+        "train.learning_rate=3e-4", "train.warmup_steps=20", "train.log_every=1", "checkpoint.keep_last=1",
         *arguments.overrides, f"train.steps={arguments.steps}",
     )  # fmt: skip
     config = case_config(arguments.config or default, Case("sequential", arguments.micro_batch), settings)

@@ -59,7 +59,10 @@ def random_base(config: Config, device: torch.device) -> RandomBase:
     with torch.device("meta"):
         model = CogVideo(config.model, ())
     shapes = {name: tuple(whole_shape(parameter, 1)) for name, parameter in model.named_parameters()}
-    return RandomBase(Path("random weights"), config, dict.fromkeys(shapes, ""), "random", device, shapes)
+    return RandomBase(
+        path=Path("random weights"), config=config, files=dict.fromkeys(shapes, ""), tokenizers=(), steps={},
+        fingerprint="random", device=device, shapes=shapes,
+    )  # fmt: skip
 
 
 def random_engine(config: Config, device: torch.device) -> Engine:
