@@ -22,6 +22,7 @@ parts=("$@")
 source launch/environment.sh
 export PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:-}"
 unset TRITON_INTERPRET
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" # the 9B model fills a card
 python -c 'import torch' || { echo "error: no torch here; bash launch/install.sh --dev installs it" >&2; exit 1; }
 python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch sees no CUDA device")' || exit 1
 mkdir -p "$out" || exit 1

@@ -12,6 +12,7 @@ from megacog.doctor.check import Check, Nodes
 from megacog.doctor.devices import DeviceSpeed, device_checks, lagging_checks, measure_device
 from megacog.doctor.machine import gpu_checks
 from megacog.doctor.network import missing_ranks, node_checks, node_rates, pair_checks, pair_rates
+from megacog.errors import EnvError
 from megacog.runtime.hardware import available_cores, describe_device
 from megacog.runtime.ranks import Ranks
 
@@ -52,9 +53,20 @@ def libraries_check() -> Check:
 def check_all(
     node: str, own: list[Check], speed: DeviceSpeed, device: torch.device, ranks: Ranks, seconds: float
 ) -> Nodes:
-    """The checks of all nodes with those between them; on rank 0 and on all others alike."""
-    store = connect(ranks, seconds)
-    missing = missing_ranks(store, ranks.rank, ranks.world_size, node, seconds)
+    """The checks of all nodes with those between them; on rank 0 and on all others alike.
+
+    Raises:
+        EnvError: Rank 0 cannot be reached.
+    """
+    try:
+        store = connect(ranks, seconds)
+        missing = missing_ranks(store, ranks.rank, ranks.world_size, node, seconds)
+    except RuntimeError as error:  # what torch.distributed raises
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise EnvError(
+            f"rank {ranks.rank} on {node} cannot reach rank 0 at {place} ({str(error).strip().splitlines()[0]}); "
+            "see whether rank 0 runs, and check firewall and network interface"
+        ) from None
     if missing:
         value = f"{ranks.world_size - len(missing)} of {ranks.world_size} after {seconds:.0f} s; missing: {missing}"
         fix = "see the log of these ranks: their node does not start them, or cannot reach rank 0"

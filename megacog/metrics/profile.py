@@ -108,7 +108,7 @@ def _kernels(profiler: Any) -> Iterator[tuple[str, tuple[str, ...], float]]:
 def _kernel_seconds(profiler: Any) -> float:
     """Of all kernels and copies on the GPU, whoever started them."""
     events = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    return float(sum(event.device_time for event in events if not event.is_user_annotation)) / 1e6
+    return float(sum(event.time_range.elapsed_us() for event in events if not event.is_user_annotation)) / 1e6
 
 
 def _chain(event: Any) -> tuple[str, ...]:

@@ -53,3 +53,11 @@ def test_ranks_that_never_appear_are_named(tmp_path: Path) -> None:
     (sick,) = (check for check in found["nodes"]["node-0"] if check["name"] == "ranks")
     assert "2 of 4 after 15 s; missing: [1, 3]" in sick["value"]
     assert first[0] == second[0] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_without_rank_0_says_where_it_looked(tmp_path: Path) -> None:
+    ((code, out, errors),) = start([1], 2, tmp_path, seconds=5)
+    assert code == 1 and out == ""
+    assert "error: rank 1 on node-1 cannot reach rank 0 at 127.0.0.1:" in errors
