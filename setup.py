@@ -69,6 +69,7 @@ setup(
             "megacog-infer=megacog.commands:infer",
             "megacog-evaluate=megacog.commands:evaluate",
             "megacog-convert=megacog.commands:convert",
+            "megacog-doctor=megacog.commands:doctor",
         ]
     },
 )

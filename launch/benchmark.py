@@ -12,6 +12,7 @@ BENCHMARKS = {
     "fused": ROOT / "kernels/benchmarks/fused.py",
     "tiles": ROOT / "kernels/benchmarks/sweep.py",
     "cross_entropy": ROOT / "kernels/benchmarks/cross_entropy.py",
+    "train": ROOT / "megacog/training/benchmark.py",
     "import": ROOT / "megacog/interop/benchmark.py",
 }
 

@@ -16,6 +16,8 @@ PROOFS = {
         "megacog.training.comparison",
         "DeepSpeed ZeRO 0-3 x tensor parallelism against the plain engine, step by step, in fp32",
     ),
+    "predict": ("megacog.training.predict", "step time and memory of a deep model from two shallow ones"),
+    "memorize": ("megacog.training.memorize", "RUN_DIR: 16 clips by heart, through a kill and a bitwise resume"),
     "idle": ("megacog.evaluation.idle", "BEFORE AFTER: training one attention-plus leaves base and other set as is"),
 }
 """Sub-command -> module with its command line, help."""

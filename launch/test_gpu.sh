@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Checks and measures the kernels on one GPU: everything that docs/benchmarks.md lists as not measured yet.
+# Checks and measures kernels and training on one GPU: everything that docs/benchmarks.md lists as not measured yet.
 #
 #   bash launch/test_gpu.sh OUT [PART ...]
 #
 #   OUT   folder for logs and json files
 #   PART  tests (pytest tests/kernels, compiled), sanitizer (compute-sanitizer on small shapes), kernels, fused,
-#         cross_entropy, tiles (benchmarks); default: all but tiles. A part that fails does not stop the others.
+#         cross_entropy, tiles (benchmarks), doctor, train (benchmark of the 9B model), predict and memorize (proofs with
+#         the 9B model), digits (trains and judges 144M parameters; after `launch/digits_gpu.sh data`). Default: tests,
+#         sanitizer, kernels, fused, cross_entropy. Each takes less than ten minutes; one that fails stops no other.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,6 +22,7 @@ parts=("$@")
 source launch/environment.sh
 export PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:-}"
 unset TRITON_INTERPRET
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" # the 9B model fills a card
 python -c 'import torch' || { echo "error: no torch here; bash launch/install.sh --dev installs it" >&2; exit 1; }
 python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch sees no CUDA device")' || exit 1
 mkdir -p "$out" || exit 1
@@ -36,6 +39,12 @@ for part in "${parts[@]}"; do
                 --target-processes all python -m pytest -q -x "${small[@]}") ;;
         kernels | fused | cross_entropy | tiles)
             command=(python launch/benchmark.py "$part" --json "$out/$part.json") ;;
+        doctor) command=(python launch/doctor.py --folder "$out") ;;
+        train) command=(python launch/benchmark.py train --json "$out/train.json") ;;
+        predict) command=(python launch/prove.py predict --json "$out/predict.json") ;;
+        memorize) # 37 GB for some minutes
+            command=(python launch/prove.py memorize "${MEMORIZE_DIR:-runs/memorize}" --json "$out/memorize.json") ;;
+        digits) command=(bash -c "bash launch/digits_gpu.sh train && cp runs/digits-100m/evaluation/report.json '$out/digits.json'") ;;
         *) echo "error: unknown part $part; see launch/test_gpu.sh --help" >&2; exit 2 ;;
     esac
     printf '\n== %s\n' "$part"

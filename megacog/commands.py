@@ -49,3 +49,10 @@ def convert() -> None:
     from megacog.interop.main import main
 
     run(main)
+
+
+def doctor() -> None:
+    """Exit with the code of `megacog.doctor.main.main`."""
+    from megacog.doctor.main import main
+
+    run(main)

@@ -24,7 +24,7 @@ import torch
 from megacog.checkpoint.export import Export, open_export
 from megacog.config.load import apply_overrides
 from megacog.errors import ConfigError, DataError, EnvError
-from megacog.evaluation.judge import Judge, load_or_train_judge
+from megacog.evaluation.judge import Judge, enlarge, load_or_train_judge, shrink
 from megacog.evaluation.scores import ClipScore, by_key, score_clip, summarize
 from megacog.generation.hierarchy import ClipGenerator, ClipRequest, plan_clip, sampled_frames, whole_clips
 from megacog.generation.infer import FrameMeter, load_generator, slug
@@ -80,24 +80,40 @@ def ceilings(
     judge: Judge, generator: ClipGenerator, num_clips: int, two_part: bool
 ) -> dict[str, dict[str, Any]]:
     """What the judge says of real clips, and of the same clips after the frame tokenizer."""
-    settings = generator.settings
+    settings, scale = generator.settings, judged_scale(generator)
     plan = plan_clip(settings.seconds, generator.num_frames, settings)
     step = 2**settings.levels
     real, rebuilt, squared_errors = [], [], []
     for task, frames_THWC in real_clips(num_clips, plan.frames, plan.fps, two_part):
-        again_THWC = reconstruct(generator.frames, frames_THWC)
-        squared_errors.append(np.square(frames_THWC.astype(np.float64) - again_THWC).mean())
+        shown_THWC = enlarge(frames_THWC, scale)
+        again_THWC = reconstruct(generator.frames, shown_THWC)
+        squared_errors.append(np.square(shown_THWC.astype(np.float64) - again_THWC).mean())
         real.append(score_clip(judge, frames_THWC, task.digit, task.directions, step))
-        rebuilt.append(score_clip(judge, again_THWC, task.digit, task.directions, step))
+        rebuilt.append(score_clip(judge, shrink(again_THWC, scale), task.digit, task.directions, step))
     psnr = 10 * np.log10(255.0**2 / max(float(np.mean(squared_errors)), 1e-12))
     return {"real": summarize(real), "reconstruction": {**summarize(rebuilt), "psnr_db": round(psnr, 2)}}
+
+
+def judged_scale(generator: ClipGenerator) -> int:
+    """How many times larger the model's frames are than those that the judge knows.
+
+    Raises:
+        DataError: They are no enlarged frames of the demo.
+    """
+    height, width = (side * generator.frames.downsample for side in generator.model.config.grid)
+    if height != width or height % digits.SIZE:
+        raise DataError(
+            f"the model makes frames of {height}x{width} pixels; the judge knows the demo's digits of "
+            f"{digits.SIZE}x{digits.SIZE}, or enlarged by a whole number"
+        )
+    return height // digits.SIZE
 
 
 def generate_and_score(
     judge: Judge, generator: ClipGenerator, wanted: Sequence[Task], out: Path
 ) -> tuple[list[ClipScore], list[dict[str, Any]], list[Strip]]:
     """Scores, rows of the report and strips of the grid, in the order of `wanted`; writes the mp4 files."""
-    settings = generator.settings
+    settings, scale = generator.settings, judged_scale(generator)
     requests = [ClipRequest(task.caption, settings.seconds, task.seed) for task in wanted]
     plan = plan_clip(settings.seconds, generator.num_frames, settings)
     meter = FrameMeter(len(requests) * sampled_frames(plan, generator.num_frames, 0, settings))
@@ -105,7 +121,8 @@ def generate_and_score(
     scores, rows, strips = [], [], []
     for index, frames_THWC, fps in whole_clips(generator.generate(requests)):
         task = wanted[index]
-        score = score_clip(judge, frames_THWC, task.digit, task.directions, 2**settings.levels)
+        seen_THWC = shrink(frames_THWC, scale)
+        score = score_clip(judge, seen_THWC, task.digit, task.directions, 2**settings.levels)
         path = out / "clips" / f"{index:04d}_{slug(task.caption)}.mp4"
         write_mp4(path, frames_THWC, fps, watchable_scale(*frames_THWC.shape[1:3]))
         scores.append(score)
@@ -139,7 +156,7 @@ def evaluate(
         out: folder for clips/, grid.png and report.json.
         overrides: `key=value` generation settings.
         two_part: the harder captions with two directions.
-        real: held-out clips for the ceilings.
+        real: held-out clips for the ceilings; 0 = none, which needs no scans.
         judge_cache: folder where a trained judge is kept; None = train it here and now.
         device: where the model runs.
     """
@@ -148,19 +165,14 @@ def evaluate(
     if not any(override.split("=")[0].split(".")[-1] == "batch_size" for override in overrides):
         settings = settings.model_copy(update={"batch_size": max(LARGE_BATCH, settings.batch_size)})
     generator = load_generator(export, settings, device)
-    height, width = (side * generator.frames.downsample for side in generator.model.config.grid)
-    if (height, width) != (digits.SIZE, digits.SIZE):
-        raise DataError(
-            f"{export.path} makes frames of {height}x{width} pixels; the judge knows the demo's digits of "
-            f"{digits.SIZE}x{digits.SIZE} only"
-        )
+    judged_scale(generator)  # fails now, before anything is generated
     wanted = tasks(num_clips, settings.seed, two_part)
     for task in wanted:
         generator.check(ClipRequest(task.caption, settings.seconds, task.seed))
     _make_folder(out / "clips")
     judge = load_or_train_judge(judge_cache)
     judge_seconds = time.monotonic() - start
-    reference = ceilings(judge, generator, real, two_part)
+    reference = ceilings(judge, generator, real, two_part) if real else {"real": None, "reconstruction": None}
     reference_seconds = time.monotonic() - start - judge_seconds
     scores, rows, strips = generate_and_score(judge, generator, wanted, out)
     seconds = time.monotonic() - start
@@ -199,9 +211,11 @@ def _print_summary(report: dict[str, Any], out: Path) -> None:
     print(f"{'':24}{'digit':>8}{'direction':>11}{'position error':>17}")
     for name, part in (
         (f"generated ({report['num_clips']})", report),
-        (f"real held-out ({report['real']['num_clips']})", report["real"]),
+        (f"real held-out ({(report['real'] or {}).get('num_clips')})", report["real"]),
         ("  through the tokenizer", report["reconstruction"]),
     ):
+        if part is None:
+            continue
         error = part["position_error_px"]
         shown = "n/a" if error is None else f"{error:.2f} px"
         print(f"{name:24}{part['digit_accuracy']:8.3f}{part['direction_accuracy']:11.3f}{shown:>17}")
@@ -225,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for the results (default: `evaluation` beside the export)")
     parser.add_argument("--two-part", action="store_true", help="captions such as `the digit 3 moves right then down`")
     parser.add_argument(
-        "--real-clips", type=int, default=80, help="real held-out clips to compare with (default: %(default)s)"
+        "--real-clips", type=int, default=80, help="real held-out clips beside them (default: %(default)s, 0 = none)"
     )
     parser.add_argument(
         "--judge-cache",
@@ -242,9 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = _parser().parse_intermixed_args(argv)
     log.setup()
-    for name in ("clips", "real_clips"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
+    for name, least in (("clips", 1), ("real_clips", 0)):
+        if getattr(arguments, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(arguments, name)}")
     out = arguments.out if arguments.out is not None else arguments.export.parent / "evaluation"
     report = evaluate(
         open_export(arguments.export),

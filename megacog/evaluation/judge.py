@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -84,6 +85,24 @@ class DigitNet(nn.Module):
 def ink(frames_THWC: np.ndarray) -> np.ndarray:
     """Gray level of every pixel, float32 [T, H, W] in 0..1, of uint8 RGB frames."""
     return frames_THWC.astype(np.float32).mean(axis=-1) / 255.0
+
+
+def enlarge(frames_THWC: np.ndarray, scale: int) -> np.ndarray:
+    """Frames with `scale` times the side, resampled as preparation does."""
+    if scale == 1:
+        return frames_THWC
+    size = (frames_THWC.shape[2] * scale, frames_THWC.shape[1] * scale)
+    resampled = (Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in frames_THWC)
+    return np.stack([np.asarray(frame) for frame in resampled])
+
+
+def shrink(frames_THWC: np.ndarray, scale: int) -> np.ndarray:
+    """Frames with a `scale`-th of the side, each pixel the mean of its block; uint8 as they came."""
+    if scale == 1:
+        return frames_THWC
+    T, H, W, C = frames_THWC.shape
+    blocks = frames_THWC.reshape(T, H // scale, scale, W // scale, scale, C)
+    return blocks.mean(axis=(2, 4)).round().astype(np.uint8)
 
 
 def ink_centers(gray_THW: np.ndarray) -> np.ndarray:

@@ -148,12 +148,12 @@ class Loop:
         """One readable line, and the same numbers in the record."""
         train = self.config.train
         memory = memory_gib()
-        mfu = "n/a" if speed.mfu is None else f"{100 * speed.mfu:.1f}%"
         log.info(
-            "step %d/%d | loss %.4f | %s | grad norm %.3f | lr %.2e | %.0f tokens/s | %.3g TFLOP/s | MFU %s | "
+            "step %d/%d | loss %.4f | %s | grad norm %.3f | lr %.2e | %.0f tokens/s | %.3g TFLOP/s | MFU %s HFU %s | "
             "%.2f GiB | data wait %.0f%% | eta %s%s",
             report.step, train.steps, report.loss, _format_frames(report.frame_loss), report.grad_norm,
-            report.learning_rate, speed.tokens_per_second, speed.tflops, mfu, memory, 100 * speed.data_wait,
+            report.learning_rate, speed.tokens_per_second, speed.tflops, _format_share(speed.mfu),
+            _format_share(speed.hfu), memory, 100 * speed.data_wait,
             _format_seconds(speed.seconds * (train.steps - report.step)), "" if report.applied else " | SKIPPED",
         )  # fmt: skip
         self.recorder.write(
@@ -161,7 +161,8 @@ class Loop:
             loss=report.loss, frame_loss=report.frame_loss, grad_norm=report.grad_norm,
             learning_rate=report.learning_rate, applied=report.applied,
             samples=report.step * train.global_batch_size, seconds=speed.seconds,
-            tokens_per_second=speed.tokens_per_second, tflops=speed.tflops, mfu=speed.mfu, memory_gib=memory,
+            tokens_per_second=speed.tokens_per_second, tflops=speed.tflops,
+            hardware_tflops=speed.hardware_tflops, mfu=speed.mfu, hfu=speed.hfu, memory_gib=memory,
             data_wait=speed.data_wait,
         )  # fmt: skip
 
@@ -191,6 +192,10 @@ def due(step: int, every: int) -> bool:
 
 def _format_frames(losses: dict[str, float]) -> str:
     return " ".join(f"{frame} {loss:.3f}" for frame, loss in losses.items())
+
+
+def _format_share(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.1f}%"
 
 
 def _format_seconds(seconds: float) -> str:

@@ -33,7 +33,7 @@ from megacog.errors import EXIT_DONE, EXIT_PREEMPTED, CheckpointError, ConfigErr
 from megacog.generation.clusters import clusters_for
 from megacog.metrics.record import Recorder
 from megacog.metrics.throughput import Throughput
-from megacog.model.flops import tokens_per_sample, training_flops
+from megacog.model.flops import tokens_per_sample, training_work
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
@@ -324,9 +324,8 @@ def save(state: RunState, step: int) -> None:
 def build_throughput(config: Config, ranks: Ranks) -> Throughput:
     stage = config.train.stage
     peak = config.metrics.peak_tflops or peak_tflops(device_name(), config.train.precision)
-    return Throughput(
-        training_flops(config.model, stage), tokens_per_sample(config.model, stage), ranks.world_size, peak
-    )
+    work = training_work(config.model, stage, config.train.activation_checkpointing)
+    return Throughput(work.model, work.hardware, tokens_per_sample(config.model, stage), ranks.world_size, peak)
 
 
 def versions() -> dict[str, str]:

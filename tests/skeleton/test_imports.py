@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Lowest first: a room imports only from itself and from rooms before it.
 FLOORS = (
-    "errors megacog_kernels config runtime metrics parallel model tokenizers data prepare checkpoint interop "
+    "errors megacog_kernels config runtime doctor metrics parallel model tokenizers data prepare checkpoint interop "
     "planning generation evaluation training commands"
 ).split()
 SOURCES = sorted(

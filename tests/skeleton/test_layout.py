@@ -87,7 +87,7 @@ def test_console_commands_lead_to_functions() -> None:
     from megacog import commands
 
     targets = re.findall(r'"megacog-[a-z-]+=megacog\.commands:(\w+)"', (ROOT / "setup.py").read_text())
-    assert len(targets) == 6
+    assert len(targets) == 7
     assert all(callable(getattr(commands, target)) for target in targets)
 
 
