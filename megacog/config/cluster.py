@@ -74,14 +74,29 @@ class ClusterConfig(Section):
         """Ranks of one machine."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
+    @property
+    def time_seconds(self) -> int:
+        """`time` in seconds."""
+        days, dash, clock = self.time.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        if dash:  # D-HH, D-HH:MM or D-HH:MM:SS
+            hours, minutes, seconds = (*parts, 0, 0)[:3]
+        else:  # MM, MM:SS or HH:MM:SS
+            hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts, 0)[:3]
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
     @model_validator(mode="after")
-    def _ranks_fit_gpus(self) -> ClusterConfig:
+    def _values_fit(self) -> ClusterConfig:
         if self.gpus_per_node and self.local_ranks != self.gpus_per_node:
             raise ValueError(
                 f"ranks_per_node {self.ranks_per_node} with gpus_per_node {self.gpus_per_node}: with GPUs there is "
                 "one rank per GPU; leave ranks_per_node out"
             )
+        if self.save_seconds >= self.time_seconds:
+            raise ValueError(
+                f"save_seconds {self.save_seconds} is not less than the {self.time_seconds} seconds of time {self.time}"
+            )
         for name in self.options:
             if not _OPTION.fullmatch(name):
-                raise ValueError(f"options: {name!r} is no option of sbatch; write it long and without dashes, as `qos`")
+                raise ValueError(f"options: {name!r} is no long option of sbatch without dashes, as `qos` is")
         return self

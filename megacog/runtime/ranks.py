@@ -75,7 +75,8 @@ def discover(environ: MutableMapping[str, str] | None = None) -> Ranks:
             "Use srun, Open MPI's mpirun, torchrun or deepspeed, or export RANK, WORLD_SIZE and LOCAL_RANK."
         )
     else:
-        ranks = Ranks(0, 1, 0, 1, "single process", _meet(environ, "127.0.0.1", _free_port(), "this machine, free port"))
+        meeting = _meet(environ, "127.0.0.1", _free_port(), "this machine, free port")
+        ranks = Ranks(0, 1, 0, 1, "single process", meeting)
     _check_range(ranks)
     environ["RANK"] = str(ranks.rank)
     environ["WORLD_SIZE"] = str(ranks.world_size)
@@ -120,7 +121,7 @@ def gpu_index(ranks: Ranks, visible: int) -> int:
     """
     if ranks.local_rank < visible:
         return ranks.local_rank
-    if visible == 1:  # SLURM's --gpus-per-task and --gpu-bind show every task its own GPU only
+    if visible == 1 and ranks.source == "slurm":  # --gpus-per-task and --gpu-bind show a task its own GPU only
         return 0
     raise EnvError(
         f"local rank {ranks.local_rank} of {ranks.local_world_size} on {socket.gethostname()} sees {visible} GPUs: "

@@ -1,0 +1,41 @@
+# Sourced by the job scripts of this folder, which have set repository and run_dir.
+
+logs="$run_dir/slurm"
+mkdir -p "$logs"
+job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"
+source "$repository/launch/environment.sh"
+source "$repository/launch/cluster_environment.sh"
+
+say() { printf '== %s  job %s, start %d: %s\n' "$(date '+%F %T')" "$job" "${SLURM_RESTART_COUNT:-0}" "$*"; }
+
+next_job() { # the same job again, or the next one of a chain
+    [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && return
+    # From here, not from Python: there is no scontrol in most containers.
+    scontrol requeue "$SLURM_JOB_ID" || say "SLURM does not requeue this job: submit it again"
+}
+
+last_job() { # nothing is left to do for the rest of a chain
+    [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
+}
+
+# finish CODE: ends the job with the exit code of its program, after having arranged what follows from it.
+finish() {
+    local newest faults="$logs/$job.faults"
+    case "$1" in
+        0) say "done"; last_job ;;
+        85) say "saved and stopped; goes on in the next job"; next_job ;;
+        2 | 75) say "wrong configuration or command line (exit code $1): not started again"; last_job ;;
+        *)
+            newest="$(cat "$run_dir/checkpoints/latest" 2>/dev/null || echo "no checkpoint")"
+            echo "$newest" >>"$faults"
+            if [ "$(tail -n 3 "$faults" | grep -cFx -- "$newest")" = 3 ]; then
+                say "failed (exit code $1) three times in a row at the same place ($newest): given up"
+                last_job
+            else
+                say "failed (exit code $1); starts again from $newest"
+                next_job
+            fi
+            ;;
+    esac
+    exit "$1"
+}
