@@ -38,8 +38,9 @@ class StopFlag:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._former.items():
-            if not self.leaving or number == signal.SIGINT:
-                signal.signal(number, handler)
+            # A handler of Python's own would be gone some seconds before the process is.
+            ignored = self.leaving and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
         self._former.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
