@@ -43,6 +43,7 @@ SlurmdTimeout=5
 InactiveLimit=0
 KillWait=5
 MpiDefault=none
+PropagateResourceLimits=NONE
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 """
@@ -133,8 +134,11 @@ class SlurmCluster:
         self._daemons[node].wait()
         self._kill([pid for pid, _ in self.processes(node)])
 
-    def start_node(self, node: str) -> None:
-        self._daemons[node] = self._daemon(node, "slurmd", "-D", "-N", node)
+    def start_node(self, node: str, open_files: int = 4096) -> None:
+        """Start a node whose tasks may open so many files."""
+        self._daemons[node] = self._daemon(
+            node, "prlimit", f"--nofile={open_files}:{open_files}", "slurmd", "-D", "-N", node
+        )
 
     def logs(self) -> str:
         """The last lines of all daemons."""

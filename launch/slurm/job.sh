@@ -1,4 +1,4 @@
-# Sourced by the job scripts of this folder, which have set repository and run_dir.
+# Sourced by the job scripts of this folder, which have set repository and run_dir. Says what happens in the job's output.
 
 logs="$run_dir/slurm"
 mkdir -p "$logs"
@@ -7,6 +7,34 @@ source "$repository/launch/environment.sh"
 source "$repository/launch/cluster_environment.sh"
 
 say() { printf '== %s  job %s, start %d: %s\n' "$(date '+%F %T')" "$job" "${SLURM_RESTART_COUNT:-0}" "$*"; }
+
+# choose_nodes N: sets `hosts` to N nodes of the job, MASTER_ADDR to the first. Where the job has more than N, those that
+# launch/doctor.py finds sick are left out.
+choose_nodes() {
+    local all report="$logs/$job.doctor.json"
+    mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    if [ "${#all[@]}" -gt "$1" ]; then
+        srun --time=10 --cpu-bind=none python "$repository/launch/doctor.py" --folder "$run_dir" --json >"$report"
+        mapfile -t all < <(python - "$report" "${all[@]}" <<'PYTHON'
+import json, sys
+with open(sys.argv[1]) as file:
+    report = json.load(file)
+for node, checks in report["nodes"].items():
+    for check in checks:
+        if check["verdict"] == "sick":
+            print(f"{node} is sick: {check['name']}: {check['value']}; {check['fix']}", file=sys.stderr)
+print(*(node for node in sys.argv[2:] if node in report["nodes"] and node not in report["sick"]), sep="\n")
+PYTHON
+        )
+    fi
+    if [ "${#all[@]}" -lt "$1" ]; then
+        say "only ${#all[@]} healthy nodes (${all[*]}) and $1 needed: see $report"
+        finish 1
+    fi
+    hosts="$(IFS=,; echo "${all[*]:0:$1}")"
+    export MASTER_ADDR="${all[0]}"
+    say "nodes $hosts"
+}
 
 next_job() { # the same job again, or the next one of a chain
     [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && return

@@ -57,6 +57,8 @@ class ClusterConfig(Section):
     """GPUs of one machine, one rank each; 0 = machines without GPUs."""
     ranks_per_node: int | None = Field(default=None, ge=1)
     """Ranks of one machine; null = one per GPU, or one without GPUs."""
+    spare_nodes: int = Field(default=0, ge=0)
+    """Machines that a job asks for beyond `nodes`: launch/doctor.py then runs first, and sick ones are left out."""
     partition: Word | None = None
     """SLURM's --partition."""
     account: Word | None = None

@@ -106,11 +106,11 @@ def directives(config: Config, kind: str, jobs: int = 1) -> dict[str, str | None
             f"train.run_dir {config.train.run_dir!r} holds characters that the name of a job's output file cannot: "
             "use letters, digits and _./+~=@:-"
         )
-    alone = kind == "infer"
+    alone, training = kind == "infer", kind.startswith("pretrain")
     gpus = min(cluster.gpus_per_node, 1) if alone else cluster.gpus_per_node
     found: dict[str, str | None] = {
         "job-name": f"{kind.partition('_')[0]}-{run_dir.name}",
-        "nodes": "1" if alone else str(cluster.nodes),
+        "nodes": "1" if alone else str((cluster.nodes or 0) + (cluster.spare_nodes if training else 0)),
         "ntasks-per-node": "1" if alone else str(cluster.local_ranks),
         "gpus-per-node": str(gpus) if gpus else None,
         "partition": cluster.partition,
@@ -118,7 +118,7 @@ def directives(config: Config, kind: str, jobs: int = 1) -> dict[str, str | None
         "time": cluster.time,
         "output": f"{run_dir}/slurm/%x-{'%A' if kind == 'pretrain_array' else '%j'}.out",
     }
-    if kind.startswith("pretrain"):
+    if training:
         found["signal"] = f"USR1@{cluster.save_seconds}"
     if kind == "pretrain_array":
         found["array"] = f"1-{jobs}%1"
@@ -134,6 +134,8 @@ def variables(config: Config, kind: str, repository: Path, words: Sequence[str])
     found: dict[str, str | Sequence[str]] = {
         "repository": str(repository), "run_dir": config.train.run_dir, "arguments": words,
     }  # fmt: skip
+    if kind.startswith("pretrain"):
+        found["nodes"] = str(config.cluster.nodes)
     container = config.cluster.container
     if kind == "pretrain_container":
         if container is None:

@@ -50,12 +50,14 @@ def test_a_run_on_thirteen_nodes_asks_for_them(capsys: pytest.CaptureFixture[str
         "#SBATCH --output=runs/quickstart/base/slurm/%x-%j.out", "#SBATCH --open-mode=append", "#SBATCH --requeue",
         "#SBATCH --signal=USR1@600", "#SBATCH --partition=h100", "#SBATCH --account=video", "#SBATCH --qos=high",
     ]  # fmt: skip
-    assert f"repository={ROOT}" in script and "run_dir=runs/quickstart/base" in script
+    assert {f"repository={ROOT}", "run_dir=runs/quickstart/base", "nodes=13"} <= set(script)
+    assert {"#SBATCH --nodes=14", "nodes=13"} <= set(shown(capsys, "cluster.spare_nodes=1"))
 
 
 def test_all_but_header_and_variables_is_the_template(capsys: pytest.CaptureFixture[str]) -> None:
     def body(lines: list[str]) -> list[str]:
-        return [line for line in lines if not line.startswith(("#SBATCH", "repository=", "run_dir=", "arguments="))]
+        filled = ("#SBATCH", "repository=", "run_dir=", "nodes=", "arguments=")
+        return [line for line in lines if not line.startswith(filled)]
 
     for kind in ("pretrain", "pretrain_array"):
         assert body(shown(capsys, "--kind", kind)) == body((TEMPLATES / f"{kind}.sbatch").read_text().splitlines())
