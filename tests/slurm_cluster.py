@@ -141,9 +141,10 @@ class SlurmCluster:
         )
 
     def logs(self) -> str:
-        """The last lines of all daemons."""
-        files = sorted(self.folder.glob("*.log"))
-        return "".join(f"== {file.name}\n{''.join(file.read_text().splitlines(True)[-20:])}" for file in files)
+        """The last lines of SLURM's daemons."""
+        files = [self.folder / f"{name}.log" for name in ("slurmctld", *self.nodes)]
+        tails = [(file.name, file.read_text().splitlines(True)[-20:]) for file in files if file.exists()]
+        return "".join(f"== {name}\n{''.join(lines)}" for name, lines in tails)
 
     def _start(self) -> None:
         folder = self.folder

@@ -182,7 +182,7 @@ def test_deepspeed_can_use_its_slurm_launcher(cluster: SlurmCluster, inputs: Pat
     hostfile.write_text("".join(f"{node} slots=1\n" for node in cluster.nodes))
     said = cluster.run(
         str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hostfile), "--launcher", "slurm",
-        "--no_ssh_check", "--master_addr", cluster.nodes[0], "--launcher_args", "--nodes=2",
+        "--no_ssh_check", "--master_addr", cluster.nodes[0], "--launcher_args=--nodes=2",
         str(ROOT / "launch/pretrain.py"), "--config", str(config_of(inputs, run_dir, steps=2)), timeout=240,
     )  # fmt: skip
     assert "cmd = srun -n 2 --nodes=2" in said
