@@ -36,10 +36,13 @@ PYTHON
     say "nodes $hosts"
 }
 
-next_job() { # the same job again, or the next one of a chain
-    [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && return
+next_job() { # next_job WHY: the same job again, or the next one of a chain
     # From here, not from Python: there is no scontrol in most containers.
-    scontrol requeue "$SLURM_JOB_ID" || say "SLURM does not requeue this job: submit it again"
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ] || scontrol requeue "$SLURM_JOB_ID"; then
+        say "$1: goes on in the next job"
+    else
+        say "$1, and SLURM does not requeue this job: submit it again to go on"
+    fi
 }
 
 last_job() { # nothing is left to do for the rest of a chain
@@ -51,7 +54,7 @@ finish() {
     local newest faults="$logs/$job.faults"
     case "$1" in
         0) say "done"; last_job ;;
-        85) say "saved and stopped; goes on in the next job"; next_job ;;
+        85) next_job "saved and stopped" ;;
         2 | 75) say "wrong configuration or command line (exit code $1): not started again"; last_job ;;
         *)
             newest="$(cat "$run_dir/checkpoints/latest" 2>/dev/null || echo "no checkpoint")"
@@ -60,8 +63,7 @@ finish() {
                 say "failed (exit code $1) three times in a row at the same place ($newest): given up"
                 last_job
             else
-                say "failed (exit code $1); starts again from $newest"
-                next_job
+                next_job "failed (exit code $1) after $newest"
             fi
             ;;
     esac

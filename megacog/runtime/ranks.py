@@ -75,7 +75,7 @@ def discover(environ: MutableMapping[str, str] | None = None) -> Ranks:
             "Use srun, Open MPI's mpirun, torchrun or deepspeed, or export RANK, WORLD_SIZE and LOCAL_RANK."
         )
     else:
-        meeting = _meet(environ, "127.0.0.1", _free_port(), "this machine, free port")
+        meeting = _meet(environ, "127.0.0.1", "this machine", _free_port(), "the free ones")
         ranks = Ranks(0, 1, 0, 1, "single process", meeting)
     _check_range(ranks)
     environ["RANK"] = str(ranks.rank)
@@ -129,13 +129,14 @@ def gpu_index(ranks: Ranks, visible: int) -> int:
     )
 
 
-def _meet(environ: MutableMapping[str, str], address: str, port: int, why: str) -> str:
-    """Say where the ranks meet, which the environment may have decided already, and why there."""
-    given = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ]
-    environ.setdefault("MASTER_ADDR", address)
-    environ.setdefault("MASTER_PORT", str(port))
-    reasons = [*(given and [f"{' and '.join(given)} given"]), *([why] if len(given) < 2 else [])]
-    return f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']} ({'; '.join(reasons)})"
+def _meet(environ: MutableMapping[str, str], address: str, address_from: str, port: int, port_from: str) -> str:
+    """Say where the ranks meet, which the environment may have decided already, and how that was found."""
+    if "MASTER_ADDR" in environ:
+        address_from = "MASTER_ADDR"
+    if "MASTER_PORT" in environ:
+        port_from = "MASTER_PORT"
+    address = environ.setdefault("MASTER_ADDR", address)
+    return f"{address}:{environ.setdefault('MASTER_PORT', str(port))} (host from {address_from}, port from {port_from})"
 
 
 def _from_torch_variables(environ: MutableMapping[str, str]) -> Ranks:
@@ -158,7 +159,7 @@ def _from_torch_variables(environ: MutableMapping[str, str]) -> Ranks:
             raise EnvError(
                 f"RANK={rank} of WORLD_SIZE={world_size} but {name} is not set: ranks cannot meet. Export it."
             )
-    meeting = _meet(environ, "127.0.0.1", _free_port(), "this machine, free port")
+    meeting = _meet(environ, "127.0.0.1", "this machine", _free_port(), "the free ones")
     local_size_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), None)
     if local_size_name is not None:
         local_world_size = _integer(environ, local_size_name)
@@ -200,7 +201,7 @@ def _from_slurm(environ: MutableMapping[str, str]) -> Ranks:
     address = "127.0.0.1" if len(counts) == 1 else _first_host(hosts)
     # Every task must arrive at the same port without talking to the others.
     step = f"{environ.get('SLURM_JOB_ID', '0')}.{environ.get('SLURM_STEP_ID', '0')}"
-    meeting = _meet(environ, address, _port_for(step), f"first of {hosts}, port of job step {step}")
+    meeting = _meet(environ, address, f"the nodes {hosts}", _port_for(step), f"job step {step}")
     return Ranks(rank, world_size, local_rank, counts[node], "slurm", meeting)
 
 
@@ -208,12 +209,6 @@ def _from_openmpi(environ: MutableMapping[str, str]) -> Ranks:
     rank, world_size = _integer(environ, "OMPI_COMM_WORLD_RANK"), _integer(environ, "OMPI_COMM_WORLD_SIZE")
     local_rank = _integer(environ, "OMPI_COMM_WORLD_LOCAL_RANK")
     local_world_size = _integer(environ, "OMPI_COMM_WORLD_LOCAL_SIZE")
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if world_size == 1 < tasks:
-        raise EnvError(
-            f"OMPI_COMM_WORLD_SIZE=1 contradicts SLURM_STEP_NUM_TASKS={tasks}: every task of srun started an mpirun of "
-            "its own. Use one of the two."
-        )
     address, why = "127.0.0.1", "this machine"
     if local_world_size != world_size and "MASTER_ADDR" not in environ:
         if "SLURM_JOB_NODELIST" not in environ:
@@ -221,9 +216,9 @@ def _from_openmpi(environ: MutableMapping[str, str]) -> Ranks:
                 "mpirun on several hosts without MASTER_ADDR: ranks cannot meet. "
                 "Start with `mpirun -x MASTER_ADDR=<first host> -x MASTER_PORT=29500 ...`."
             )
-        address, why = _first_host(environ["SLURM_JOB_NODELIST"]), "first of SLURM_JOB_NODELIST"
+        address, why = _first_host(environ["SLURM_JOB_NODELIST"]), "SLURM_JOB_NODELIST"
     name = environ.get("PMIX_NAMESPACE", f"parent {os.getppid()}")
-    meeting = _meet(environ, address, _port_for(name), f"{why}, port of {name}")
+    meeting = _meet(environ, address, why, _port_for(name), name)
     return Ranks(rank, world_size, local_rank, local_world_size, "openmpi", meeting)
 
 

@@ -153,22 +153,33 @@ def test_submitting_keeps_the_script_in_the_run_folder(tmp_path: Path, monkeypat
     assert kept == Path(f"{sbatch}.seen").read_text() and f"train.run_dir={run_dir})" in kept
 
 
-def outcome(tmp_path: Path, code: int, **environment: str) -> list[str]:
-    """What `finish CODE` of job.sh calls and says."""
-    commands = tmp_path / "commands"
-    commands.mkdir(exist_ok=True)
-    for name in ("scontrol", "scancel"):
-        (commands / name).write_text(f'#!/bin/sh\necho "{name} $*"\n')
+def in_job(tmp_path: Path, script: str, code: int, **environment: str) -> list[str]:
+    """Lines that a job script prints, among them the commands of SLURM and MPI that it calls."""
+    commands = tmp_path / "environment/bin"
+    if not commands.exists():
+        commands.mkdir(parents=True)
+        (commands / "python").symlink_to(sys.executable)
+    for name in ("scontrol", "scancel", "srun", "mpirun"):
+        text = f'#!/bin/sh\n[ "$2" = hostnames ] && {{ printf "n1\\nn2\\n"; exit; }}\necho "{name} $*"\n'
+        (commands / name).write_text(text)
         (commands / name).chmod(0o755)
-    script = f'repository={ROOT}\nrun_dir={tmp_path}/run\nsource "$repository/launch/slurm/job.sh"\nfinish {code}\n'
-    place = {"PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "VIRTUAL_ENV": sys.prefix} | environment
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=place, capture_output=True, text=True)
+    place = {
+        "PATH": "/usr/bin:/bin", "VIRTUAL_ENV": str(commands.parent), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS_PER_NODE": "8",
+    } | environment  # fmt: skip
+    done = subprocess.run(["bash", "-c", script], env=place, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return done.stdout.splitlines()
 
 
+def outcome(tmp_path: Path, code: int, **environment: str) -> list[str]:
+    """What `finish CODE` of job.sh calls and says."""
+    script = f'repository={ROOT}\nrun_dir={tmp_path}/run\nsource "$repository/launch/slurm/job.sh"\nfinish {code}\n'
+    return in_job(tmp_path, f"set -euo pipefail\n{script}", code, **environment)
+
+
 def test_exit_codes_decide_whether_a_job_is_requeued(tmp_path: Path) -> None:
-    assert outcome(tmp_path, 85)[-1] == "scontrol requeue 7"
+    assert outcome(tmp_path, 85)[0] == "scontrol requeue 7"
     for code in (0, 2, 75):
         assert not any("scontrol" in line for line in outcome(tmp_path, code))
     assert "not started again" in outcome(tmp_path, 75)[0]
@@ -179,7 +190,7 @@ def test_the_third_fault_in_a_row_at_the_same_place_is_the_last(tmp_path: Path) 
     latest.parent.mkdir(parents=True)
     for step in (1, 1, 2, 2):
         latest.write_text(f"step-{step:07d}\n")
-        assert outcome(tmp_path, 1)[-1] == "scontrol requeue 7"
+        assert outcome(tmp_path, 1)[0] == "scontrol requeue 7"
     said = outcome(tmp_path, 137)
     assert len(said) == 1 and "three times in a row at the same place (step-0000002): given up" in said[0]
 
@@ -189,3 +200,39 @@ def test_a_chain_goes_on_by_itself_and_is_cancelled_when_it_is_over(tmp_path: Pa
     assert len(outcome(tmp_path, 85, **chain)) == 1
     assert outcome(tmp_path, 0, **chain)[-1] == "scancel --state=PENDING 5"
     assert outcome(tmp_path, 75, **chain)[-1] == "scancel --state=PENDING 5"
+
+
+@pytest.mark.parametrize(
+    ("words", "called"),
+    [
+        ([], "--wait=60 --cpu-bind=none python {root}/launch/pretrain.py --config {config} "),
+        (["--kind", "pretrain_array"], "--cpu-bind=none python {root}/launch/pretrain.py --config {config} "),
+        (
+            [CONTAINER],
+            "--container-image=my image.sqsh --container-mounts=/data:/data,{here}:{here},{root}:{root} "
+            "--container-workdir={here} python {root}/launch/pretrain.py --config {config} ",
+        ),
+        (
+            [CONTAINER.replace("pyxis", "apptainer")],
+            "--cpu-bind=none apptainer exec --nv --bind /data:/data,{here}:{here},{root}:{root} --pwd {here} "
+            "my image.sqsh python {root}/launch/pretrain.py --config {config} ",
+        ),
+        (
+            ["--kind", "prepare", "--", "run", "x.csv"],
+            "mpirun --bind-to none python {root}/launch/prepare.py run x.csv",
+        ),
+        (
+            ["--kind", "infer", "--", "a.txt"],
+            "srun bash {root}/launch/infer.sh --model runs/quickstart/base/export a.txt",
+        ),
+    ],
+)
+def test_a_job_starts_its_program_on_all_ranks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], called: str
+) -> None:
+    script = "\n".join(shown(capsys, "cluster.nodes=2", *words))
+    said = in_job(tmp_path, script, 0, SLURM_ARRAY_JOB_ID="5" if "pretrain_array" in words else "")
+    line = called.format(root=ROOT, here=tmp_path, config=ROOT / "configs/digits.yaml")
+    assert any(line in f"{other} " for other in said), said
+    if "launch/pretrain.py" in called:
+        assert any(" --nodes=2 --ntasks=16 --nodelist=n1,n2 --kill-on-bad-exit=1 " in other for other in said), said

@@ -130,23 +130,21 @@ def test_torchrun_under_srun_with_one_task_per_node_is_fine() -> None:
 
 
 def test_mpirun_inside_a_slurm_job_counts_its_own_ranks() -> None:
-    # On all nodes but the first, mpirun's tasks inherit the variables of the step that started its helpers.
-    inherited = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NODELIST": "gpu[03-04]"}
+    # Its tasks inherit the variables of the step in which srun started one helper of mpirun per node.
+    inherited = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "gpu[03-04]"}
     two_hosts = {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     environ = {**two_hosts, **inherited}
     assert discover(environ) == Ranks(1, 2, 0, 1, "openmpi")
     assert environ["MASTER_ADDR"] == "gpu03"
-    with pytest.raises(EnvError, match="mpirun of its own"):
-        discover({**OPENMPI, "OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"})
 
 
 def test_one_line_says_what_was_found_and_where_the_ranks_meet() -> None:
     line = str(discover(dict(SLURM)))
     assert line.startswith("rank 3 of 5, local rank 1 of 2 on ") and "\n" not in line
     assert "from srun (SLURM_PROCID" in line and "meet at gpu03:" in line
-    assert "first of gpu[03-04,9], port of job step 77.0" in line
-    assert "MASTER_ADDR given; first of" in str(discover({**SLURM, "MASTER_ADDR": "head"}))
-    assert str(discover(dict(TORCHRUN))).endswith("meet at node1:29500 (MASTER_ADDR and MASTER_PORT given)")
+    assert line.endswith("(host from the nodes gpu[03-04,9], port from job step 77.0)")
+    assert "(host from MASTER_ADDR, port from job step" in str(discover({**SLURM, "MASTER_ADDR": "head"}))
+    assert str(discover(dict(TORCHRUN))).endswith("at node1:29500 (host from MASTER_ADDR, port from MASTER_PORT)")
     assert "from no launcher" in str(discover({}))
 
 
