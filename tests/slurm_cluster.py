@@ -184,6 +184,8 @@ class SlurmCluster:
 
     def _daemon(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         with open(self.folder / f"{name}.log", "ab") as log:
+            # However this process ends, its daemons end with it.
+            command = ("setpriv", "--pdeathsig", "KILL", *command)
             return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 
     @staticmethod

@@ -98,7 +98,7 @@ def require_world(ranks: Ranks, cluster: ClusterConfig) -> None:
         return
     nodes, rest = divmod(ranks.world_size, local)
     if ranks.source == "deepspeed" and ranks.world_size < cluster.nodes * local:
-        hint = "DeepSpeed trains on this machine alone when it cannot find its --hostfile"
+        hint = "give deepspeed a --hostfile that exists (it trains on this machine alone when it finds none)"
     elif ranks.source == "single process":
         hint = "start it with srun, deepspeed, torchrun or mpirun"
     elif ranks.source == "slurm":

@@ -161,7 +161,7 @@ def test_ranks_must_be_those_that_the_configuration_asks_for() -> None:
     message = world(cluster, 96, 8)
     assert "asks for 104 ranks (cluster.nodes 13 x 8 on each), but there are 96, 8 of them on " in message
     assert "srun --nodes=13 --ntasks-per-node=8" in message and message.endswith("or set cluster.nodes=12")
-    assert "DeepSpeed trains on this machine alone" in world(cluster, 8, 8, "deepspeed")
+    assert "give deepspeed a --hostfile that exists" in world(cluster, 8, 8, "deepspeed")
     assert "cluster.nodes=" not in world(ClusterConfig(nodes=2), 2, 2, "openmpi")  # both on one machine
     assert "start it with srun" in world(ClusterConfig(nodes=2), 1, 1, "single process")
 
