@@ -12,7 +12,7 @@ from megacog.runtime.cli import run
 
 
 def pretrain() -> None:
-    """Exit with the code of `megacog.training.pretrain.main`, before threads of gloo or autograd abort a finished rank."""
+    """Exit with the code of `megacog.training.pretrain.main`, before native threads can abort a finished rank."""
     from megacog.training.pretrain import main
 
     run(main, leave=os._exit)
