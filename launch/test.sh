@@ -48,7 +48,7 @@ if [ "$mode" = all ]; then
     part "slow tests" python -m pytest -q --durations=10 "${parallel[@]}" -m slow "${apart[@]}"
     # These start and kill clusters and daemons of their own: one after another.
     for folder in cluster faults; do
-        [ -d "tests/$folder" ] && part "tests/$folder" python -m pytest -q "tests/$folder"
+        [ -d "tests/$folder" ] && part "tests/$folder" python -m pytest -q -rs --durations=10 "tests/$folder"
     done
     rm -rf runs/smoke # parts of an earlier run would not be run again
     part "quickstart" bash launch/quickstart.sh --smoke

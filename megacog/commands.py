@@ -6,14 +6,16 @@ exit code. `launch/*.py` are the same commands for use from the repository.
 
 from __future__ import annotations
 
+import os
+
 from megacog.runtime.cli import run
 
 
 def pretrain() -> None:
-    """Exit with the code of `megacog.training.pretrain.main`."""
+    """Exit with the code of `megacog.training.pretrain.main`, before native threads can abort a finished rank."""
     from megacog.training.pretrain import main
 
-    run(main)
+    run(main, leave=os._exit)
 
 
 def prepare() -> None:

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,9 +31,12 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 
 @pytest.fixture(autouse=True)
 def _restore_rank_variables() -> Iterator[None]:
-    """Undo what rank discovery set, so that no test inherits another one's ports."""
+    """Undo what rank discovery set, so that no test inherits another one's ports, and what a stopped run ignores."""
     before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megacog.config.cluster import ClusterConfig as ClusterConfig
 from megacog.config.generation import GenerationConfig as GenerationConfig
 from megacog.config.section import Checkpointing as Checkpointing
 from megacog.config.section import Kernels as Kernels
@@ -320,6 +321,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
+    cluster: ClusterConfig = ClusterConfig()
     loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     generation: GenerationConfig = GenerationConfig()

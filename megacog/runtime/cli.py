@@ -14,8 +14,12 @@ _EXIT_INTERRUPTED = 130
 _EXIT_BROKEN_PIPE = 141
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Call `main` and leave the process with its exit code (None = 0).
+
+    `leave` is called with the code that `main` returns. With os._exit nothing runs any more after `main`: for
+    processes in which threads of native libraries may still be running, which now and then abort the process when
+    the interpreter ends under them.
 
     A MegacogError prints `error: <message>` and uses its own code, and so does an OSError that a user can
     mend (no space, no permission, a file where a folder is needed, ...). Ctrl-C gives 130. Anything else
@@ -24,6 +28,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
         sys.stdout.flush()
+        sys.stderr.flush()
     except MegacogError as error:
         _complain(f"error: {error}")
         sys.exit(error.exit_code)
@@ -40,7 +45,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             raise
         _complain(f"error: {mendable}")
         sys.exit(EnvError.exit_code)
-    sys.exit(EXIT_DONE if code is None else code)
+    leave(EXIT_DONE if code is None else code)
 
 
 def _complain(message: str) -> None:

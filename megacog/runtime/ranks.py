@@ -12,12 +12,14 @@ import re
 import socket
 import zlib
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from megacog.errors import EnvError
+from megacog.config.cluster import ClusterConfig
+from megacog.errors import ConfigError, EnvError
 
+# Below the ports that Linux hands out by itself (from 32768 on).
 _FIRST_PORT = 20000
-_NUM_PORTS = 20000
+_NUM_PORTS = 12000
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,24 @@ class Ranks:
     local_world_size: int
     source: str
     """Where it was found: "deepspeed", "torchrun", "environment", "slurm", "openmpi" or "single process"."""
+    meeting: str = field(default="", compare=False)
+    """Where the ranks meet and how that was found, for people."""
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} of {self.world_size}, local rank {self.local_rank} of {self.local_world_size} on "
+            f"{socket.gethostname()}, from {_VARIABLES[self.source]}; ranks meet at {self.meeting}"
+        )
+
+
+_VARIABLES = {
+    "deepspeed": "DeepSpeed's launcher (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE)",
+    "torchrun": "torchrun (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE)",
+    "environment": "the environment (RANK, WORLD_SIZE, LOCAL_RANK)",
+    "slurm": "srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID)",
+    "openmpi": "Open MPI's mpirun (OMPI_COMM_WORLD_RANK, _SIZE, _LOCAL_RANK)",
+    "single process": "no launcher",
+}
 
 
 def discover(environ: MutableMapping[str, str] | None = None) -> Ranks:
@@ -45,25 +65,78 @@ def discover(environ: MutableMapping[str, str] | None = None) -> Ranks:
     environ = os.environ if environ is None else environ
     if "RANK" in environ or "WORLD_SIZE" in environ:
         ranks = _from_torch_variables(environ)
+    elif "OMPI_COMM_WORLD_SIZE" in environ:  # before SLURM: inside a job, srun starts mpirun's own helpers
+        ranks = _from_openmpi(environ)
     elif "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
         ranks = _from_slurm(environ)
-    elif "OMPI_COMM_WORLD_SIZE" in environ:
-        ranks = _from_openmpi(environ)
     elif int(environ.get("PMI_SIZE", "1")) > 1:
         raise EnvError(
             "started by an MPI launcher that sets only PMI_* variables, which megacog does not read. "
             "Use srun, Open MPI's mpirun, torchrun or deepspeed, or export RANK, WORLD_SIZE and LOCAL_RANK."
         )
     else:
-        ranks = Ranks(0, 1, 0, 1, "single process")
-        environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        environ.setdefault("MASTER_PORT", str(_free_port()))
+        meeting = _meet(environ, "127.0.0.1", "this machine", _free_port(), "the free ones")
+        ranks = Ranks(0, 1, 0, 1, "single process", meeting)
     _check_range(ranks)
     environ["RANK"] = str(ranks.rank)
     environ["WORLD_SIZE"] = str(ranks.world_size)
     environ["LOCAL_RANK"] = str(ranks.local_rank)
     environ["LOCAL_WORLD_SIZE"] = str(ranks.local_world_size)
     return ranks
+
+
+def require_world(ranks: Ranks, cluster: ClusterConfig) -> None:
+    """Refuse to start on other ranks than the configuration asks for, if it does.
+
+    Raises:
+        ConfigError: there are more or fewer ranks, or they lie otherwise on the machines.
+    """
+    if cluster.nodes is None:
+        return
+    local = cluster.local_ranks
+    if (ranks.world_size, ranks.local_world_size) == (cluster.nodes * local, local):
+        return
+    nodes, rest = divmod(ranks.world_size, local)
+    if ranks.source == "deepspeed" and ranks.world_size < cluster.nodes * local:
+        hint = "give deepspeed a --hostfile that exists (it trains on this machine alone when it finds none)"
+    elif ranks.source == "single process":
+        hint = "start it with srun, deepspeed, torchrun or mpirun"
+    elif ranks.source == "slurm":
+        hint = f"start it with `srun --nodes={cluster.nodes} --ntasks-per-node={local}`"
+    else:
+        hint = "start as many on every machine"
+    instead = f", or set cluster.nodes={nodes}" if nodes and not rest and ranks.local_world_size == local else ""
+    raise ConfigError(
+        f"the configuration asks for {cluster.nodes * local} ranks (cluster.nodes {cluster.nodes} x {local} on each), "
+        f"but there are {ranks.world_size}, {ranks.local_world_size} of them on {socket.gethostname()}, as found from "
+        f"{_VARIABLES[ranks.source]}: {hint}{instead}"
+    )
+
+
+def gpu_index(ranks: Ranks, visible: int) -> int:
+    """The GPU of this rank among the `visible` ones.
+
+    Raises:
+        EnvError: There are fewer GPUs than ranks on this machine.
+    """
+    if ranks.local_rank < visible:
+        return ranks.local_rank
+    if visible == 1 and ranks.source == "slurm":  # --gpus-per-task and --gpu-bind show a task its own GPU only
+        return 0
+    raise EnvError(
+        f"local rank {ranks.local_rank} of {ranks.local_world_size} on {socket.gethostname()} sees {visible} GPUs: "
+        f"start one rank per GPU (cluster.gpus_per_node={visible}), or look at CUDA_VISIBLE_DEVICES and nvidia-smi"
+    )
+
+
+def _meet(environ: MutableMapping[str, str], address: str, address_from: str, port: int, port_from: str) -> str:
+    """Say where the ranks meet, which the environment may have decided already, and how that was found."""
+    if "MASTER_ADDR" in environ:
+        address_from = "MASTER_ADDR"
+    if "MASTER_PORT" in environ:
+        port_from = "MASTER_PORT"
+    address = environ.setdefault("MASTER_ADDR", address)
+    return f"{address}:{environ.setdefault('MASTER_PORT', str(port))} (host from {address_from}, port from {port_from})"
 
 
 def _from_torch_variables(environ: MutableMapping[str, str]) -> Ranks:
@@ -81,21 +154,19 @@ def _from_torch_variables(environ: MutableMapping[str, str]) -> Ranks:
     elif "CROSS_SIZE" in environ:
         source = "deepspeed"
     _check_against_scheduler(environ, rank, world_size, started_by_launcher=source != "environment")
-    if world_size == 1:
-        environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        environ.setdefault("MASTER_PORT", str(_free_port()))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in environ:
+        if name not in environ and world_size > 1:
             raise EnvError(
                 f"RANK={rank} of WORLD_SIZE={world_size} but {name} is not set: ranks cannot meet. Export it."
             )
+    meeting = _meet(environ, "127.0.0.1", "this machine", _free_port(), "the free ones")
     local_size_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), None)
     if local_size_name is not None:
         local_world_size = _integer(environ, local_size_name)
     else:
         on_this_host = environ["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1")
         local_world_size = world_size if on_this_host else local_rank + 1
-    return Ranks(rank, world_size, local_rank, local_world_size, source)
+    return Ranks(rank, world_size, local_rank, local_world_size, source, meeting)
 
 
 def _check_against_scheduler(
@@ -126,30 +197,29 @@ def _from_slurm(environ: MutableMapping[str, str]) -> Ranks:
     counts = _expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
     if node >= len(counts):
         raise EnvError(f"SLURM_NODEID={node} is outside SLURM_STEP_TASKS_PER_NODE={counts}")
-    if "MASTER_ADDR" not in environ:
-        hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "127.0.0.1")
-        environ["MASTER_ADDR"] = "127.0.0.1" if len(counts) == 1 else _first_host(hosts)
-    if "MASTER_PORT" not in environ:
-        # Every task must arrive at the same port without talking to the others.
-        name = f"{environ.get('SLURM_JOB_ID', '0')}.{environ.get('SLURM_STEP_ID', '0')}"
-        environ["MASTER_PORT"] = str(_port_for(name))
-    return Ranks(rank, world_size, local_rank, counts[node], "slurm")
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    address = "127.0.0.1" if len(counts) == 1 else _first_host(hosts)
+    # Every task must arrive at the same port without talking to the others.
+    step = f"{environ.get('SLURM_JOB_ID', '0')}.{environ.get('SLURM_STEP_ID', '0')}"
+    meeting = _meet(environ, address, f"the nodes {hosts}", _port_for(step), f"job step {step}")
+    return Ranks(rank, world_size, local_rank, counts[node], "slurm", meeting)
 
 
 def _from_openmpi(environ: MutableMapping[str, str]) -> Ranks:
     rank, world_size = _integer(environ, "OMPI_COMM_WORLD_RANK"), _integer(environ, "OMPI_COMM_WORLD_SIZE")
     local_rank = _integer(environ, "OMPI_COMM_WORLD_LOCAL_RANK")
     local_world_size = _integer(environ, "OMPI_COMM_WORLD_LOCAL_SIZE")
-    if "MASTER_ADDR" not in environ:
-        if local_world_size != world_size:
+    address, why = "127.0.0.1", "this machine"
+    if local_world_size != world_size and "MASTER_ADDR" not in environ:
+        if "SLURM_JOB_NODELIST" not in environ:
             raise EnvError(
                 "mpirun on several hosts without MASTER_ADDR: ranks cannot meet. "
                 "Start with `mpirun -x MASTER_ADDR=<first host> -x MASTER_PORT=29500 ...`."
             )
-        environ["MASTER_ADDR"] = "127.0.0.1"
-    if "MASTER_PORT" not in environ:
-        environ["MASTER_PORT"] = str(_port_for(environ.get("PMIX_NAMESPACE", f"parent {os.getppid()}")))
-    return Ranks(rank, world_size, local_rank, local_world_size, "openmpi")
+        address, why = _first_host(environ["SLURM_JOB_NODELIST"]), "SLURM_JOB_NODELIST"
+    name = environ.get("PMIX_NAMESPACE", f"parent {os.getppid()}")
+    meeting = _meet(environ, address, why, _port_for(name), name)
+    return Ranks(rank, world_size, local_rank, local_world_size, "openmpi", meeting)
 
 
 def _check_range(ranks: Ranks) -> None:

@@ -23,6 +23,9 @@ class StopFlag:
         self.requested = False
         self.signal_name: str | None = None
         """The first signal that came, e.g. "SIGTERM"."""
+        self.leaving = False
+        """Set when all is saved: a second SIGTERM or SIGUSR1 must not spoil the exit code of a process that is on its
+        way out. srun sends one to the last ranks as soon as the first has left with a code other than 0."""
         self._interrupts = 0
         self._former: dict[signal.Signals, Any] = {}
 
@@ -35,7 +38,9 @@ class StopFlag:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            # A handler of Python's own would be gone some seconds before the process is.
+            ignored = self.leaving and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
         self._former.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -41,7 +41,7 @@ from megacog.parallel.tensor import materialize
 from megacog.runtime import log as logs
 from megacog.runtime.files import atomic_file, require_replaceable
 from megacog.runtime.hardware import available_cores, describe_device, device_name, peak_tflops
-from megacog.runtime.ranks import Ranks, discover
+from megacog.runtime.ranks import Ranks, discover, gpu_index, require_world
 from megacog.runtime.signals import StopFlag
 from megacog.tokenizers.frames import FrameTokenizer, load_frame_tokenizer
 from megacog.tokenizers.text import TextTokenizer
@@ -76,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     ranks = discover()
     logs.setup(ranks.rank)
+    log.info("%s", ranks)
     config = load_config(arguments.config, arguments.overrides)
+    require_world(ranks, config.cluster)
     with StopFlag() as stop:
         device = start_processes(config, ranks)
         try:
@@ -102,7 +104,7 @@ def start_processes(config: Config, ranks: Ranks) -> torch.device:
     """Join the other ranks; the device of this one."""
     torch.set_num_threads(config.train.threads or max(1, available_cores() // ranks.local_world_size))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", gpu_index(ranks, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=_COLLECTIVE_TIMEOUT)
@@ -160,6 +162,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
         recorder.close()
     if step < config.train.steps:
         log.info("stopped at step %d by %s; run the same command to continue", step, stop.signal_name or "another rank")
+        stop.leaving = True
         return EXIT_PREEMPTED
     path = state.export(Path(config.tokenizer.text), Path(config.tokenizer.frames))
     log.info("done: %d steps; the model is in %s", step, path)

@@ -92,8 +92,12 @@ def bash_commands(text: str) -> Iterator[list[str]]:
         words = shlex.split(line, comments=True)
         while words:
             end = next((index for index, word in enumerate(words) if word in ("&&", "|", ">", ">>")), len(words))
-            yield words[:end]
-            words = words[end + 1 :]
+            command, words = words[:end], words[end + 1 :]
+            if "launch/submit.py" in command and "--" in command:  # the rest goes to the program of its kind
+                mark = command.index("--")
+                yield ["python", f"launch/{command[command.index('--kind') + 1]}.py", *command[mark + 1 :]]
+                command = command[:mark]
+            yield command
 
 
 def all_commands() -> list[tuple[Path, list[str]]]:
@@ -194,7 +198,7 @@ def test_every_option_of_a_shown_command_exists() -> None:
 
 def test_every_option_named_in_the_text_exists() -> None:
     scripts = [path.name for path in sorted((ROOT / "launch").glob("*.sh")) if path.name != "environment.sh"]
-    texts = [help_text(name) for name in (*scripts, "pretrain.py", "evaluate.py")]
+    texts = [help_text(name) for name in (*scripts, "pretrain.py", "evaluate.py", "submit.py")]
     texts += [help_text("prepare.py", name) for name in ("run", "records", "inspect", "verify", "digits")]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
     texts += [help_text("benchmark.py", "import")]
@@ -205,6 +209,8 @@ def test_every_option_named_in_the_text_exists() -> None:
     texts += [path.read_text(encoding="utf-8") for path in tools]
     foreign = ["--num_accelerators", "--gpus-per-node", "--logdir"]  # of deepspeed, srun and tensorboard
     foreign += ["--shutdown-timeout", "--signals-to-handle", "--signal", "-TERM", "-f"]  # of torchrun, scancel, pkill
+    foreign += ["--nodes", "--ntasks-per-node", "--container-image", "--map-by", "-x"]  # of srun and mpirun
+    foreign += ["--launcher", "--hostfile"]  # of deepspeed
     known = "\n".join([*texts, *foreign])
     for page in PAGES:
         for code in inline_code(page):
@@ -219,7 +225,7 @@ def test_every_setting_of_a_shown_command_is_valid(tmp_path: Path) -> None:
         script = script_of(words)
         if script is None or not (overrides := key_values(words[script[1] + 1 :])):
             continue
-        if script[0] in ("pretrain.py", "convert.py"):
+        if script[0] in ("pretrain.py", "convert.py", "submit.py"):
             shown = Path(words[words.index("--config") + 1])
             load_config(ROOT / shown if (ROOT / shown).is_file() else config, overrides)
         else:

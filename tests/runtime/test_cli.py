@@ -25,6 +25,17 @@ def test_a_command_leaves_with_the_code_it_returns() -> None:
     assert exit_code(lambda: 85) == 85
 
 
+def test_a_command_can_leave_at_once_with_all_that_it_said() -> None:
+    code = (
+        "import atexit, os, sys\n"
+        "from megacog.runtime.cli import run\n"
+        "atexit.register(os.abort)\n"
+        "run(lambda: print('said') or print('told', file=sys.stderr) or 85, leave=os._exit)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (85, "said\n", "told\n")
+
+
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("bad key"), 75), (DataError("bad shard"), 1)])
 def test_a_user_error_is_one_message_without_a_traceback(
     capsys: pytest.CaptureFixture[str], error: Exception, code: int

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from megacog.errors import EnvError
-from megacog.runtime.ranks import Ranks, discover
+from megacog.config.cluster import ClusterConfig
+from megacog.errors import ConfigError, EnvError
+from megacog.runtime.ranks import Ranks, discover, gpu_index, require_world
 
 TORCHRUN = {
     "RANK": "5",
@@ -126,3 +127,47 @@ def test_one_exported_rank_copied_to_every_task_is_an_error() -> None:
 
 def test_torchrun_under_srun_with_one_task_per_node_is_fine() -> None:
     assert discover({**TORCHRUN, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}).rank == 5
+
+
+def test_mpirun_inside_a_slurm_job_counts_its_own_ranks() -> None:
+    # Its tasks inherit the variables of the step in which srun started one helper of mpirun per node.
+    inherited = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "gpu[03-04]"}
+    two_hosts = {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    environ = {**two_hosts, **inherited}
+    assert discover(environ) == Ranks(1, 2, 0, 1, "openmpi")
+    assert environ["MASTER_ADDR"] == "gpu03"
+
+
+def test_one_line_says_what_was_found_and_where_the_ranks_meet() -> None:
+    line = str(discover(dict(SLURM)))
+    assert line.startswith("rank 3 of 5, local rank 1 of 2 on ") and "\n" not in line
+    assert "from srun (SLURM_PROCID" in line and "meet at gpu03:" in line
+    assert line.endswith("(host from the nodes gpu[03-04,9], port from job step 77.0)")
+    assert "(host from MASTER_ADDR, port from job step" in str(discover({**SLURM, "MASTER_ADDR": "head"}))
+    assert str(discover(dict(TORCHRUN))).endswith("at node1:29500 (host from MASTER_ADDR, port from MASTER_PORT)")
+    assert "from no launcher" in str(discover({}))
+
+
+def world(cluster: ClusterConfig, size: int, local: int, source: str = "slurm") -> str:
+    with pytest.raises(ConfigError) as info:
+        require_world(Ranks(0, size, 0, local, source), cluster)
+    return str(info.value)
+
+
+def test_ranks_must_be_those_that_the_configuration_asks_for() -> None:
+    require_world(Ranks(0, 3, 0, 3, "slurm"), ClusterConfig())
+    cluster = ClusterConfig(nodes=13, gpus_per_node=8)
+    require_world(Ranks(0, 104, 0, 8, "slurm"), cluster)
+    message = world(cluster, 96, 8)
+    assert "asks for 104 ranks (cluster.nodes 13 x 8 on each), but there are 96, 8 of them on " in message
+    assert "srun --nodes=13 --ntasks-per-node=8" in message and message.endswith("or set cluster.nodes=12")
+    assert "give deepspeed a --hostfile that exists" in world(cluster, 8, 8, "deepspeed")
+    assert "cluster.nodes=" not in world(ClusterConfig(nodes=2), 2, 2, "openmpi")  # both on one machine
+    assert "start it with srun" in world(ClusterConfig(nodes=2), 1, 1, "single process")
+
+
+def test_every_rank_has_a_gpu_of_its_own() -> None:
+    assert gpu_index(Ranks(9, 16, 1, 8, "slurm"), visible=8) == 1
+    assert gpu_index(Ranks(9, 16, 1, 8, "slurm"), visible=1) == 0  # as --gpus-per-task shows it
+    with pytest.raises(EnvError, match="local rank 5 of 8 on .* sees 4 GPUs: .*gpus_per_node=4"):
+        gpu_index(Ranks(5, 16, 5, 8, "slurm"), visible=4)

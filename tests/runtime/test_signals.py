@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,17 @@ def test_the_former_handlers_come_back() -> None:
     with StopFlag():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_a_process_on_its_way_out_keeps_its_exit_code() -> None:
+    program = (
+        "import os, signal\n"
+        "from megacog.runtime.signals import StopFlag\n"
+        "with StopFlag() as flag:\n    flag.leaving = {leaving}\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "raise SystemExit(85)"
+    )
+    codes = [
+        subprocess.run([sys.executable, "-c", program.format(leaving=leaving)]).returncode for leaving in (True, False)
+    ]
+    assert codes == [85, -signal.SIGTERM]

@@ -98,7 +98,7 @@ def test_markers_of_tests_are_declared() -> None:
 
 
 def test_scripts_are_valid_bash_and_executable_python_is_importable_as_text() -> None:
-    for path in [*tracked("*.sh"), ROOT / ".ci" / "run"]:
+    for path in [*tracked("*.sh"), *tracked("*.sbatch"), ROOT / ".ci" / "run"]:
         subprocess.run(["bash", "-n", str(path)], check=True)
     for path in tracked("launch/*.py"):
         compile(path.read_text(encoding="utf-8"), str(path), "exec")
@@ -108,7 +108,7 @@ def test_no_file_names_a_machine_of_ours() -> None:
     private = re.compile(r"/work/|/tmp/venv|/root/|pypi\.tsv|index-url +https?://(?!download\.pytorch\.org)")
     here = Path(__file__).resolve()
     for path in tracked():
-        if path.suffix in (".py", ".sh", ".md", ".toml", ".yaml", "") and path.resolve() != here:
+        if path.suffix in (".py", ".sh", ".sbatch", ".md", ".toml", ".yaml", "") and path.resolve() != here:
             try:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError:
