@@ -277,7 +277,8 @@ def _encode(mask: MaskSpec, grid: VideoGrid) -> list[int]:
     return [*head, space.frames or 0, *space.shift, *mask.order.level, *map(int, mask.order.open)]
 
 
-def _decode(code: Sequence[int]) -> tuple[MaskSpec, VideoGrid]:
+def decode_mask(code: Sequence[int]) -> tuple[MaskSpec, VideoGrid]:
+    """The mask and grid in an operator's argument."""
     frames, height, width, kind, window_y, window_x, near, shift_y, shift_x, *order = code
     window = (window_y, window_x) if window_y else None
     space = Space(_KINDS[kind], window, near or None, (shift_y, shift_x))
@@ -293,7 +294,7 @@ def _prepare(
     from megacog_kernels.attention.calls import Inputs, text_rows
     from megacog_kernels.attention.configurations import configurations, is_dense
 
-    mask, grid = _decode(code) if code else text_rows(q.shape[1])
+    mask, grid = decode_mask(code) if code else text_rows(q.shape[1])
     inputs = Inputs(q, k, v, text_k, text_v, text_valid, mask, grid, scale)
     capability = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
     return inputs, configurations(q.shape[3], q.dtype, bool(code) and is_dense(mask), capability)
@@ -314,7 +315,7 @@ def _decode_attend(
     """[B, R, N, D], contiguous."""
     from megacog_kernels.attention.decode import decode
 
-    return decode(q, k, v, text_valid, tokens, *_decode(code), scale, text_bias, splits)
+    return decode(q, k, v, text_valid, tokens, *decode_mask(code), scale, text_bias, splits)
 
 
 @_decode_attend.register_fake
