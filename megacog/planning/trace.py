@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megacog.config.schema import Config, ModelConfig
+from megacog.config.schema import Checkpointing, Config, Kernels, ModelConfig
 from megacog.model.flops import visible_pairs
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
@@ -67,7 +67,7 @@ class Pass:
         return Pass(*(a + share * (b - a) for a, b in pairs))
 
 
-def trace_pass(config: Config, policy: str, batch: int, gpu: bool) -> Pass:
+def trace_pass(config: Config, policy: Checkpointing, batch: int, gpu: bool) -> Pass:
     """One forward and backward pass of `batch` samples on one rank of the run.
 
     Args:
@@ -78,19 +78,19 @@ def trace_pass(config: Config, policy: str, batch: int, gpu: bool) -> Pass:
     """
     model = config.model.model_copy(update={"boi_id": config.model.boi_id or 0, "inherit": None})
     place = (config.train.stage, config.train.precision, config.parallel.tensor, gpu)
-    kernels = "reference" if not gpu or config.train.kernels == "reference" else "triton"
+    kernels: Kernels = "reference" if not gpu or config.train.kernels == "reference" else "triton"
     return _at_batch(model, place, policy, kernels, batch)
 
 
 @lru_cache(maxsize=256)
-def _at_batch(model: ModelConfig, place: tuple[Any, ...], policy: str, kernels: str, batch: int) -> Pass:
+def _at_batch(model: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, kernels: Kernels, batch: int) -> Pass:
     if batch == 1 or batch in _BATCHES:
         return _at_depth(model, place, policy, kernels, batch)
     low, high = (_at_batch(model, place, policy, kernels, size) for size in _BATCHES)
     return low._map(high, (batch - _BATCHES[0]) / (_BATCHES[1] - _BATCHES[0]))
 
 
-def _at_depth(model: ModelConfig, place: tuple[Any, ...], policy: str, kernels: str, batch: int) -> Pass:
+def _at_depth(model: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, kernels: Kernels, batch: int) -> Pass:
     if model.num_layers <= _DEPTHS[1]:
         return _run(model, place, policy, kernels, batch)
     low, high = (
@@ -99,14 +99,14 @@ def _at_depth(model: ModelConfig, place: tuple[Any, ...], policy: str, kernels: 
     return low._map(high, (model.num_layers - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0]))
 
 
-def _run(config: ModelConfig, place: tuple[Any, ...], policy: str, kernels: str, batch: int) -> Pass:
+def _run(config: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, kernels: Kernels, batch: int) -> Pass:
     stage, precision, tensor, gpu = place
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     grid = stage_layout(config, stage).grid
     with _tensor_parallel(tensor) as parallel, FakeTensorMode():
         with _default_dtype(dtype):
             plus = () if stage == "base" else (stage,)
-            model = CogVideo(config, plus, parallel, policy == "full", kernels)  # type: ignore[arg-type]
+            model = CogVideo(config, plus, parallel, policy, kernels)
         model.trainable(stage)
         inputs = {
             "text_BL": torch.zeros(batch, config.text_length, dtype=torch.int64),
@@ -179,6 +179,8 @@ class _Ledger(TorchDispatchMode):
 
     def _count_work(self, func: Any, args: Any, created: list[Tensor], fresh: bool) -> None:
         name = func._schema.name
+        if not fresh and not name.endswith("_"):
+            return  # a view, or a result that was kept from a first run
         if name in _PRODUCTS:
             left, right = args[-2:] if name != "aten::bmm" else args[:2]
             self.gemm += 2 * left.numel() * right.shape[-1]
@@ -190,7 +192,7 @@ class _Ledger(TorchDispatchMode):
             hidden, weight = (args[0], args[1]) if name == "megacog::linear_logsumexp" else (args[3], args[4])
             products = 1 if name == "megacog::linear_logsumexp" else 1 + sum(args[8])
             self.gemm += products * 2 * hidden.numel() * weight.shape[0]
-        elif fresh or name.endswith("_"):
+        else:
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             self.pointwise += sum(tensor.nbytes for tensor in [*tensors, *created])
 

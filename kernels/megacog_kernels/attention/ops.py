@@ -349,7 +349,7 @@ def _(
     q: Tensor, k: Any, v: Any, text_k: Any, text_v: Any, text_valid: Any, code: Any, scale: Any, deterministic: Any
 ) -> Any:  # fmt: skip
     B, R, N, D = q.shape
-    return q.new_empty(B, R, N, D), q.new_empty(B, N, R, dtype=torch.float32)
+    return kept(lambda: (q.new_empty(B, R, N, D), q.new_empty(B, N, R, dtype=torch.float32)))
 
 
 @torch.library.custom_op("megacog::attend_backward", mutates_args=())
