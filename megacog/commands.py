@@ -6,12 +6,25 @@ exit code. `launch/*.py` are the same commands for use from the repository.
 
 from __future__ import annotations
 
+import sys
+
 from megacog.runtime.cli import run
 
 
 def pretrain() -> None:
     """Exit with the code of `megacog.training.pretrain.main`."""
     from megacog.training.pretrain import main
+
+    run(main)
+
+
+def plan() -> None:
+    """Exit with the code of `megacog.planning.main.main`, or of `megacog.training.memory_check.main` for `check`."""
+    if sys.argv[1:2] == ["check"]:
+        from megacog.training import memory_check
+
+        run(lambda: memory_check.main(sys.argv[2:]))
+    from megacog.planning.main import main
 
     run(main)
 

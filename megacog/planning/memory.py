@@ -97,25 +97,32 @@ def engine_state(config: Config, elements: Elements, replicas: int, accumulation
         gpu: Whether AdamW runs over all tensors at once, as torch does on GPUs, or one by one.
     """
     train = config.train
+    a = FP32 if train.gradient_dtype == "fp32" else 2
     if train.engine == "torch":
-        return _plain(elements, gpu)
+        return _plain(elements, a, gpu)
     zero = {"stage": train.zero_stage, **config.deepspeed.get("zero_optimization", {})}
     if train.zero_stage == 0:
         return _without_zero(elements, replicas, accumulation, gpu)
     if train.zero_stage == 3:
-        return _zero_3(elements, replicas, zero, gpu)
-    if train.zero_stage == 1 and train.precision == "bf16":
+        return _zero_3(elements, a, replicas, zero, gpu)
+    if uses_bf16_optimizer(config):
         return _bf16_optimizer(elements, replicas, accumulation, gpu)
-    return _zero_1_2(elements, replicas, accumulation, zero, gpu)
+    return _zero_1_2(elements, a, replicas, accumulation, zero, gpu)
 
 
-def _plain(elements: Elements, gpu: bool) -> State:
+def uses_bf16_optimizer(config: Config) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer: ZeRO 1 with bf16 weights and fp32 sums of gradients."""
+    train = config.train
+    return (train.engine, train.zero_stage, train.precision, train.gradient_dtype) == ("deepspeed", 1, "bf16", "fp32")
+
+
+def _plain(elements: Elements, a: int, gpu: bool) -> State:
     T, w = elements.trained, elements.weight_bytes
     return State(
         weights=elements.weights,
         masters=FP32 * T if w < FP32 else 0,
         moments=ADAM_MOMENTS * T,
-        accumulated=FP32 * T,
+        accumulated=a * T,
         keeps_gradients=True,
         in_step=FP32 * T - w * T + _adam(T, elements.largest, gpu),  # scaled copies; autograd's gradients are gone
     )
@@ -153,10 +160,11 @@ def _bf16_optimizer(elements: Elements, replicas: int, accumulation: int, gpu: b
     )
 
 
-def _zero_1_2(elements: Elements, replicas: int, accumulation: int, zero: dict[str, Any], gpu: bool) -> State:
+def _zero_1_2(
+    elements: Elements, a: int, replicas: int, accumulation: int, zero: dict[str, Any], gpu: bool
+) -> State:
     """Gradients pass through a bucket and its flattened copy; a rank keeps its share of them."""
     T, w, share = elements.trained, elements.weight_bytes, elements.trained / replicas
-    a = FP32
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
     buffers = w * bucket * (2 if zero.get("overlap_comm") else 1)
     flattened = w * min(bucket, T)
@@ -178,7 +186,7 @@ def _zero_1_2(elements: Elements, replicas: int, accumulation: int, zero: dict[s
     )
 
 
-def _zero_3(elements: Elements, replicas: int, zero: dict[str, Any], gpu: bool) -> State:
+def _zero_3(elements: Elements, a: int, replicas: int, zero: dict[str, Any], gpu: bool) -> State:
     """Weights are cut, too, frozen ones as well, and gathered layer by layer."""
     T, w, share = elements.trained, elements.weight_bytes, elements.trained / replicas
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
@@ -189,7 +197,7 @@ def _zero_3(elements: Elements, replicas: int, zero: dict[str, Any], gpu: bool) 
         weights=elements.weights / replicas,
         masters=FP32 * share,
         moments=ADAM_MOMENTS * share,
-        accumulated=FP32 * share,
+        accumulated=a * share,
         buckets=w * bucket * (2 if replicas > 1 else 1),
         in_forward=gathered,
         in_backward=(live if replicas > 1 else 0) + w * min(bucket, T),

@@ -1,44 +1,114 @@
-"""The plan of a run on a cluster: memory per rank by activation policy, and what fits."""
+"""The plan of a run on a cluster: what every rank holds, what fits, how fast it goes, and what to change.
+
+`plan` is the whole of it. Memory is computed from shapes and is the same on every rank; times are predictions.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any, get_args
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megacog.config.schema import Checkpointing, Config
 from megacog.errors import ConfigError
+from megacog.model.flops import tokens_per_sample
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel
-from megacog.planning.memory import Elements, State, engine_state
-from megacog.planning.trace import Pass, trace_pass
+from megacog.planning.cluster import GIB, Cluster
+from megacog.planning.memory import Elements, State, engine_state, tree
+from megacog.planning.speed import StepTime, step_time
+from megacog.planning.trace import trace_pass
 
 POLICIES: tuple[Checkpointing, ...] = get_args(Checkpointing)
+_LARGEST_TRIED = 4096
+"""Samples; a micro batch beyond it is not looked for."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one rank with one activation policy."""
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PolicyPlan(_Facts):
+    """One activation policy at the run's micro batch. Bytes of one rank."""
 
     policy: Checkpointing
-    micro_batch: int
-    state: State
-    one: Pass
+    activations: float
+    """What the forward pass of a micro batch leaves for the backward pass."""
     peak: float
     """Most bytes of tensors alive at once in a step."""
+    fits: bool
+    largest_micro_batch: int
+    """That fits in memory, whatever divides; 0 = none."""
+
+
+class Plan(_Facts):
+    """A run on a cluster. Bytes of one rank, unless it says otherwise; times are predicted."""
+
+    world: int
+    data_size: int
+    """Ranks that take different samples."""
+    accumulation: int
+    """Micro batches of one rank per step."""
+    trained: int
+    """Elements on one rank before ZeRO cuts them."""
+    frozen: int
+    state: dict[str, float]
+    """By what it is for: weights, masters, moments, gradients, buckets, and what phases of a step need besides."""
+    gradient_bytes: float
+    """One gradient per trained weight, as autograd makes them."""
+    policy: Checkpointing
+    """Of the run."""
+    policies: dict[Checkpointing, PolicyPlan]
+    usable: float
+    """Memory that tensors may take."""
+    seconds: float | None
+    """Of one step; None for a device whose peak is not known."""
+    parts: dict[str, float] | None
+    """Seconds of a step by what they are spent on."""
+    sent: float | None
+    """By one rank per step."""
+    tokens_per_second: float | None
+    """Of all ranks together."""
+    model_tflops: float | None
+    """Of one device: work without recomputation."""
+    days: float | None
+    """For train.steps."""
+    gpu_hours: float | None
+    checkpoint: float
+    """On disk, in all."""
+    frozen_checkpoint: float
+    """On disk, once per run."""
+    suggestions: list[str]
+    """Overrides that fit, the fastest first; empty if the run fits as it is."""
+
+    @property
+    def peak(self) -> float:
+        """Of the run's own policy."""
+        return self.policies[self.policy].peak
+
+    @property
+    def fits(self) -> bool:
+        return self.policies[self.policy].fits
+
+
+@lru_cache(maxsize=64)
+def _count(model: Any, stage: Any, tensor: int, weight_bytes: int) -> Elements:
+    with torch.device("meta"):
+        built = CogVideo(model, () if stage == "base" else (stage,), TensorParallel(0, tensor))
+    built.trainable(stage)
+    trained = [parameter.numel() for parameter in built.parameters() if parameter.requires_grad]
+    frozen = sum(parameter.numel() for parameter in built.parameters() if not parameter.requires_grad)
+    return Elements(sum(trained), frozen, max(trained), weight_bytes)
 
 
 def count_elements(config: Config) -> Elements:
     """What the first tensor-parallel rank holds, from the model on the meta device."""
-    stage, tensor = config.train.stage, config.parallel.tensor
-    model_config = config.model.model_copy(update={"boi_id": config.model.boi_id or 0})
-    with torch.device("meta"):
-        model = CogVideo(model_config, () if stage == "base" else (stage,), TensorParallel(0, tensor))
-    model.trainable(stage)
-    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-    return Elements(sum(trained), frozen, max(trained), 2 if config.train.precision == "bf16" else 4)
+    model = config.model.model_copy(update={"boi_id": config.model.boi_id or 0, "inherit": None})
+    weight_bytes = 2 if config.train.precision == "bf16" else 4
+    return _count(model, config.train.stage, config.parallel.tensor, weight_bytes)
 
 
 def data_parallel(config: Config, world: int) -> int:
@@ -47,10 +117,10 @@ def data_parallel(config: Config, world: int) -> int:
     Raises:
         ConfigError: The world does not divide.
     """
-    block = config.parallel.tensor
-    if world % block:
-        raise ConfigError(f"parallel.tensor = {block} does not divide the {world} ranks of this run; start a multiple")
-    return world // block
+    tensor = config.parallel.tensor
+    if world % tensor:
+        raise ConfigError(f"parallel.tensor = {tensor} does not divide the {world} ranks of this run; start a multiple")
+    return world // tensor
 
 
 def accumulation_steps(config: Config, data_size: int) -> int:
@@ -68,11 +138,161 @@ def accumulation_steps(config: Config, data_size: int) -> int:
     return train.global_batch_size // per_pass
 
 
-def plan_memory(config: Config, world: int, policy: Checkpointing, micro_batch: int, gpu: bool) -> Memory:
-    """Peak memory of one rank of the run, with another policy and micro batch than its own."""
-    data_size = data_parallel(config, world)
-    accumulation = max(1, config.train.global_batch_size // (micro_batch * data_size))
+def plan(config: Config, cluster: Cluster, suggest: bool = True) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: The run.
+        cluster: Where it runs.
+        suggest: Also look for what fits, if the run does not.
+
+    Raises:
+        ConfigError: Ranks or batches do not divide.
+    """
+    train = config.train
+    data_size = data_parallel(config, cluster.world)
+    accumulation = accumulation_steps(config, data_size)
     elements = count_elements(config)
-    state = engine_state(config, elements, data_size, accumulation, gpu)
-    one = trace_pass(config, policy, micro_batch, gpu)
-    return Memory(policy, micro_batch, state, one, state.peak(one, elements.trained * elements.weight_bytes))
+    state = engine_state(config, elements, data_size, accumulation, cluster.device.gpu)
+    policies = {policy: _plan_policy(config, cluster, policy, data_size) for policy in POLICIES}
+    time = _time(config, cluster, elements, accumulation, data_size)
+    seconds = None if time is None else time.seconds
+    samples = train.global_batch_size
+    traced = _work(config, cluster)
+    whole_trained = elements.trained * config.parallel.tensor
+    masters = 0 if elements.weight_bytes == 4 else 1
+    found = Plan(
+        world=cluster.world, data_size=data_size, accumulation=accumulation,
+        trained=elements.trained, frozen=elements.frozen,
+        state=tree(state), gradient_bytes=elements.trained * elements.weight_bytes,
+        policy=train.activation_checkpointing, policies=policies, usable=cluster.usable_bytes,
+        seconds=seconds,
+        parts=None if time is None else {name: getattr(time, name) for name in _PARTS},
+        sent=None if time is None else time.sent_bytes,
+        tokens_per_second=None if not seconds else samples * tokens_per_sample(config.model, train.stage) / seconds,
+        model_tflops=None if not seconds else traced * accumulation / seconds / 1e12,
+        days=None if seconds is None else seconds * train.steps / 86400,
+        gpu_hours=None if seconds is None else seconds * train.steps / 3600 * cluster.world,
+        checkpoint=whole_trained * (elements.weight_bytes + 4 * (2 + masters)),
+        frozen_checkpoint=elements.frozen * config.parallel.tensor * elements.weight_bytes,
+        suggestions=[],
+    )  # fmt: skip
+    if suggest and not found.fits:
+        return found.model_copy(update={"suggestions": list(_suggestions(config, cluster))})
+    return found
+
+
+_PARTS = ("gemm", "attention", "pointwise", "accumulate", "optimizer", "exposed")
+
+
+def _time(
+    config: Config, cluster: Cluster, elements: Elements, accumulation: int, data_size: int
+) -> StepTime | None:
+    if not cluster.device.gpu:
+        return None
+    train = config.train
+    one = trace_pass(config, train.activation_checkpointing, train.micro_batch_size, gpu=True)
+    return step_time(config, cluster, elements, one, accumulation, data_size)
+
+
+def _work(config: Config, cluster: Cluster) -> float:
+    """Operations of one micro batch on one rank without recomputation, attention's backward as twice its forward."""
+    one = trace_pass(config, "none", config.train.micro_batch_size, cluster.device.gpu)
+    return one.gemm_flops + one.attention_flops + one.attention_backward_flops * 2 / 2.5
+
+
+def _plan_policy(config: Config, cluster: Cluster, policy: Checkpointing, data_size: int) -> PolicyPlan:
+    one = trace_pass(config, policy, config.train.micro_batch_size, cluster.device.gpu)
+    peak = plan_peak(config, data_size, policy, config.train.micro_batch_size, cluster.device.gpu)
+    largest = _largest_micro_batch(config, cluster, policy, data_size)
+    return PolicyPlan(
+        policy=policy, activations=one.saved, peak=peak, fits=peak <= cluster.usable_bytes, largest_micro_batch=largest
+    )
+
+
+def _largest_micro_batch(config: Config, cluster: Cluster, policy: Checkpointing, data_size: int) -> int:
+    def fits(size: int) -> bool:
+        return plan_peak(config, data_size, policy, size, cluster.device.gpu) <= cluster.usable_bytes
+
+    if not fits(2):
+        return 1 if fits(1) else 0
+    low = high = 2
+    while high < _LARGEST_TRIED and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def plan_peak(config: Config, data_size: int, policy: Checkpointing, micro_batch: int, gpu: bool) -> float:
+    """Peak bytes of one rank with another policy and micro batch than the run's own.
+
+    Gradients are taken to be accumulated where the micro batch does not divide.
+    """
+    accumulation = -(-config.train.global_batch_size // (micro_batch * data_size))
+    elements = count_elements(config)
+    state: State = engine_state(config, elements, data_size, accumulation, gpu)
+    return state.peak(trace_pass(config, policy, micro_batch, gpu), elements.trained * elements.weight_bytes)
+
+
+def _suggestions(config: Config, cluster: Cluster) -> Iterator[str]:
+    """Overrides with which the run fits, each verified, the fastest first."""
+    found = []
+    for overrides in _candidates(config, cluster):
+        try:
+            changed = Config.model_validate(_override(config.model_dump(mode="json"), overrides))
+            planned = plan(changed, cluster, suggest=False)
+        except (ConfigError, ValidationError):
+            continue
+        if planned.fits:
+            found.append((planned.seconds or 0, overrides, planned))
+    for seconds, overrides, planned in sorted(found, key=lambda each: each[0])[:5]:
+        text = " ".join(f"{key}={value}" for key, value in overrides.items())
+        speed = f", {planned.tokens_per_second:,.0f} tokens/s predicted" if seconds else ""
+        yield f"{text}  ({planned.peak / GIB:.1f} GiB{speed})"
+
+
+def _candidates(config: Config, cluster: Cluster) -> Iterable[dict[str, Any]]:
+    """Changes worth trying: policies and smaller micro batches, alone and with another way to cut the state."""
+    train = config.train
+    micro_batches = [size for size in range(train.micro_batch_size, 0, -1) if train.micro_batch_size % size == 0]
+    layouts: list[dict[str, Any]] = [{}]
+    if train.engine == "torch":
+        layouts.append({"train.engine": "deepspeed"})
+    elif train.zero_stage < 2:
+        layouts.append({"train.zero_stage": 2})
+    layouts += [{"parallel.tensor": size} for size in (2, 4, 8) if size > config.parallel.tensor]
+    if train.engine == "deepspeed" and train.zero_stage < 3 and config.parallel.tensor == 1:
+        layouts.append({"train.zero_stage": 3})
+    for layout in layouts:
+        for policy in POLICIES:
+            fitting = _first_that_fits(config, cluster, layout, policy, micro_batches)
+            if fitting is not None:
+                yield fitting
+
+
+def _first_that_fits(
+    config: Config, cluster: Cluster, layout: dict[str, Any], policy: Checkpointing, micro_batches: list[int]
+) -> dict[str, Any] | None:
+    for size in micro_batches:
+        overrides = dict(layout)
+        if policy != config.train.activation_checkpointing:
+            overrides["train.activation_checkpointing"] = policy
+        if size != config.train.micro_batch_size:
+            overrides["train.micro_batch_size"] = size
+        try:
+            changed = Config.model_validate(_override(config.model_dump(mode="json"), overrides))
+            data_size = data_parallel(changed, cluster.world)
+        except (ConfigError, ValidationError):
+            return None
+        if plan_peak(changed, data_size, policy, size, cluster.device.gpu) <= cluster.usable_bytes:
+            return overrides
+    return None
+
+
+def _override(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        values[section] = values[section] | {name: value}
+    return values

@@ -32,9 +32,9 @@ from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel
 from megacog_kernels.attention.ops import decode_mask
-from megacog_kernels.cross_entropy.chunks import chunk_rows, row_stride
+from megacog_kernels.cross_entropy.chunks import row_stride
 
-_DEPTHS = (4, 6)
+_DEPTHS = (2, 4)
 """Layers of the runs: the first and the last layer are special, and odd layers may have another mask than even ones."""
 _BATCHES = (2, 3)
 """Samples of the runs; a single sample is run by itself, because some of its slices need no copies."""
@@ -145,7 +145,7 @@ class _Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         created = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
         fresh = [self._enter(tensor) for tensor in created]
-        self._note_peak(_hidden_bytes(func, args, self))
+        self._note_peak(_hidden_bytes(func, args))
         self._count_work(func, args, created, any(fresh))
         return out
 
@@ -200,21 +200,24 @@ class _Ledger(TorchDispatchMode):
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
-def _hidden_bytes(func: Any, args: Any, ledger: _Ledger) -> int:
+def _hidden_bytes(func: Any, args: Any) -> int:
     """Memory that an operator of ours takes for itself while it runs."""
     name = func._schema.name
     if name == "megacog::linear_logsumexp":
-        return _chunk_bytes(args[0], args[1])
+        hidden, weight, _, rows, triton = args
+        copies = 0 if triton else 1 if hidden.dtype == torch.float32 else 2  # shifted logits; in fp32, if they are not
+        return _logits_bytes(hidden, weight, rows, copies)
     if name == "megacog::linear_logsumexp_backward":
-        weight = args[4]
-        sums = 4 * weight.numel() if args[8][1] else 0  # the weight's gradient is summed in fp32
-        return _chunk_bytes(args[3], weight) + sums
+        _, _, _, hidden, weight, _, rows, triton, needed = args
+        sums = 4 * weight.numel() if needed[1] else 0  # the weight's gradient is summed in fp32
+        return _logits_bytes(hidden, weight, rows, 0 if triton else 2) + sums  # the exponentials and what they are of
     return 0
 
 
-def _chunk_bytes(hidden_XC: Tensor, weight_VC: Tensor) -> int:
-    rows = min(chunk_rows(weight_VC.shape[0], hidden_XC.dtype), hidden_XC.shape[0])
-    return rows * row_stride(weight_VC.shape[0]) * hidden_XC.element_size()
+def _logits_bytes(hidden_XC: Tensor, weight_VC: Tensor, rows: int, copies: int) -> int:
+    """A chunk of logits, and fp32 copies of it."""
+    rows, V = min(rows, hidden_XC.shape[0]), weight_VC.shape[0]
+    return rows * (row_stride(V) * hidden_XC.element_size() + copies * 4 * V)
 
 
 def _attention_flops(q_BRND: Tensor, text_k_BLND: Tensor, code: Sequence[int]) -> float:
