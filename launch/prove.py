@@ -16,6 +16,10 @@ PROOFS = {
         "megacog.training.comparison",
         "DeepSpeed ZeRO 0-3 x tensor parallelism against the plain engine, step by step, in fp32",
     ),
+    "world": (
+        "megacog.training.dry_world",
+        "--config FILE: a run of 13 x 8 ranks on fake tensors covers every parameter and is as large as planned",
+    ),
     "idle": ("megacog.evaluation.idle", "BEFORE AFTER: training one attention-plus leaves base and other set as is"),
 }
 """Sub-command -> module with its command line, help."""

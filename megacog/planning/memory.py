@@ -57,8 +57,14 @@ class State:
     """Communication buffers that stay, and weights gathered by ZeRO 3."""
     keeps_gradients: bool = False
     """A backward pass ends with all gradients on the weights; else each is consumed at once."""
+    sums_late: bool = False
+    """The buffers of summed gradients appear in the first backward pass of a step; else they are always there."""
     in_backward: float = 0
     """Besides, from the first gradient of a backward pass on."""
+    in_flush: float = 0
+    """Besides that, when a bucket is full and goes out,"""
+    flush_after: float = 0
+    """which first happens after this share of all gradients: as much of the activations is gone."""
     in_forward: float = 0
     """Besides, while weights are gathered."""
     in_reduction: float = 0
@@ -70,6 +76,11 @@ class State:
     def resident(self) -> float:
         """What is there all the time."""
         return self.weights + self.masters + self.moments + self.accumulated + self.buckets
+
+    @property
+    def built(self) -> float:
+        """What is there before the first step."""
+        return self.weights + self.masters + (0 if self.sums_late else self.accumulated)
 
     def peak(self, one: Pass, whole_gradients: float) -> float:
         """Most bytes alive at once in a step.
@@ -83,7 +94,8 @@ class State:
         growing = self.keeps_gradients and not self.gradients
         backward = max(one.peak_after, one.peak_kept if growing else 0) + self.in_backward
         after = self.resident + (whole_gradients if self.keeps_gradients else 0)
-        return max(forward, held + backward, after + self.in_reduction, after + self.in_step)
+        flush = backward + self.in_flush - self.flush_after * one.saved
+        return max(forward, held + backward, held + flush, after + self.in_reduction, after + self.in_step)
 
 
 def engine_state(config: Config, elements: Elements, replicas: int, accumulation: int, gpu: bool) -> State:
@@ -180,7 +192,10 @@ def _zero_1_2(
         gradients=w * T if stage_1 and accumulation > 1 else 0,
         buckets=buffers if stage_1 and accumulation > 1 else 0,
         keeps_gradients=stage_1,
-        in_backward=(0 if stage_1 and accumulation > 1 else buffers) + flattened + (a + w) * elements.largest,
+        sums_late=True,
+        in_backward=(0 if stage_1 and accumulation > 1 else buffers) + (a + w) * elements.largest,
+        in_flush=flattened,
+        flush_after=min(1, bucket / T),
         in_reduction=buffers + flattened + averaged,
         in_step=2 * averaged + _adam(share, share, gpu),
     )
@@ -200,7 +215,9 @@ def _zero_3(elements: Elements, a: int, replicas: int, zero: dict[str, Any], gpu
         accumulated=a * share,
         buckets=w * bucket * (2 if replicas > 1 else 1),
         in_forward=gathered,
-        in_backward=(live if replicas > 1 else 0) + w * min(bucket, T),
+        in_backward=(live if replicas > 1 else 0),
+        in_flush=w * min(bucket, T),
+        flush_after=min(1, bucket / T),
         in_step=FP32 * share + _adam(share, share, gpu),
     )
 
@@ -213,4 +230,4 @@ def _adam(elements: float, largest: float, gpu: bool) -> float:
 
 def tree(state: State) -> dict[str, float]:
     """The numbers by name."""
-    return {field.name: getattr(state, field.name) for field in fields(state) if field.name != "keeps_gradients"}
+    return {field.name: getattr(state, field.name) for field in fields(state) if field.type != "bool" and field.name != "flush_after"}

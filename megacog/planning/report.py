@@ -17,6 +17,7 @@ _STATE = {
     "buckets": "buckets, gathered weights",
     "in_forward": "more while weights are gathered",
     "in_backward": "more in a backward pass",
+    "in_flush": "more while a bucket goes out",
     "in_reduction": "more while gradients are averaged",
     "in_step": "more while AdamW steps",
 }

@@ -113,12 +113,12 @@ def _run(config: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, ker
             "text_valid_BL": torch.ones(batch, config.text_length, dtype=torch.bool),
             "frames_BTP": torch.zeros(batch, grid.frames, grid.cells, dtype=torch.int64),
         }
-        ledger = _Ledger([*model.parameters(), *inputs.values()])
+        ledger = Ledger([*model.parameters(), *inputs.values()])
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(ledger.consume)
         if gpu:
-            _fuse_dropouts(model)
+            fuse_dropouts(model)
         with ledger:
             loss = model(**inputs, stage=stage).loss
             saved = ledger.live
@@ -130,7 +130,7 @@ def _run(config: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, ker
     )  # fmt: skip
 
 
-class _Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):
     """Keeps account of living tensors and of the operators' work."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
@@ -144,7 +144,7 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         created = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
-        fresh = [self._enter(tensor) for tensor in created]
+        fresh = [self.enter(tensor) for tensor in created]
         self._note_peak(_hidden_bytes(func, args))
         self._count_work(func, args, created, any(fresh))
         return out
@@ -155,7 +155,20 @@ class _Ledger(TorchDispatchMode):
         self._gradients += parameter.grad.nbytes
         parameter.grad = None
 
-    def _enter(self, tensor: Tensor) -> bool:
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at once."""
+        return max(self.peak_before, self.peak_after)
+
+    def forget_peaks(self) -> None:
+        """Begin anew with what is alive now."""
+        self.peak_before = self.peak_after = self.peak_kept = self.live
+        self._gradients = 0
+
+    def enter(self, tensor: Tensor) -> bool:
+        """Note a tensor that is alive; whether its memory is new."""
+        if tensor.device.type == "meta":
+            return False
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
@@ -231,7 +244,7 @@ def _visible_pairs(code: tuple[int, ...]) -> int:
     return int(np.sum(visible_pairs(*decode_mask(code))))
 
 
-def _fuse_dropouts(model: nn.Module) -> None:
+def fuse_dropouts(model: nn.Module) -> None:
     """Let dropouts run as on a GPU, where each is one kernel that keeps a mask of a byte per element."""
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p:

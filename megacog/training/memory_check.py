@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megacog.config.schema import Checkpointing, Config
@@ -24,7 +25,7 @@ from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.parallel.tensor import materialize
-from megacog.planning.plan import POLICIES, plan_memory
+from megacog.planning.plan import POLICIES, plan_peak
 from megacog.runtime.cli import run
 from megacog.training.engine import build_engine
 from megacog.training.precision import DTYPES
@@ -96,16 +97,31 @@ def measure_peak(config: Config, groups: ProcessGroups) -> int:
 
 
 def _peak_within(recorded: profile, mark: str) -> int:
-    """Largest sum of allocations minus releases between begin and end of the marked region."""
-    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
-    region = next(event for event in events if event.name() == mark)
-    begin, end = region.start_ns(), region.start_ns() + region.duration_ns()
+    """Largest sum of allocations minus releases between begin and end of the marked region.
+
+    Releases of what was allocated before the recording, by an earlier run in this process, do not count.
+    """
+    region, changes = None, []
+    waiting = recorded.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.name == mark:
+            region = event
+        elif event.tag == _EventType.Allocation:
+            changes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    assert region is not None
+    living: dict[int, int] = {}
     total = peak = 0
-    for when, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        if when > end:
+    for when, place, size in sorted(changes):
+        if when > region.end_time_ns:
             break
-        total += size
-        if when >= begin:
+        if size > 0:
+            living[place] = size
+            total += size
+        else:
+            total -= living.pop(place, 0)
+        if when >= region.start_time_ns:
             peak = max(peak, total)
     return peak
 
@@ -113,7 +129,7 @@ def _peak_within(recorded: profile, mark: str) -> int:
 def compare(engine: str, policy: Checkpointing, **size: int) -> Comparison:
     """Plan and measurement of one small run on the ranks of this world. Collective."""
     config = small_run(engine, policy, dist.get_world_size(), **size)
-    planned = plan_memory(config, dist.get_world_size(), policy, config.train.micro_batch_size, gpu=False).peak
+    planned = plan_peak(config, dist.get_world_size(), policy, config.train.micro_batch_size, gpu=False)
     return Comparison(planned, measure_peak(config, build_process_groups(1)))
 
 
