@@ -10,8 +10,8 @@ from megacog.runtime.hardware import peak_tflops
 
 GIB = 2**30
 
-# Name: memory in GiB as torch reports it to the nearest nominal size, memory bandwidth in TB/s, bandwidth to the GPUs of
-# the same node in GB/s one way, network per GPU in Gbit/s of the vendor's reference system. Data sheets of the vendors.
+# Name: nominal memory in GiB, memory bandwidth in TB/s, bandwidth to the GPUs of the same node in GB/s one way, network
+# per GPU in Gbit/s of the vendor's reference system. Data sheets of the vendors.
 _DEVICES: dict[str, tuple[float, float, float, float]] = {
     "H100": (80, 3.35, 450, 400),
     "H200": (141, 4.8, 450, 400),

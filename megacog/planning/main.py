@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="change an assumption")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
-        "--weak-scaling", type=_sizes, metavar="GPUS,...", help="a table of as much work per GPU on other numbers of GPUs"
+        "--weak-scaling", type=_sizes, metavar="GPUS,...", help="a table of as much work per GPU on other worlds"
     )
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     return parser.parse_args(argv)

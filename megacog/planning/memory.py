@@ -230,4 +230,5 @@ def _adam(elements: float, largest: float, gpu: bool) -> float:
 
 def tree(state: State) -> dict[str, float]:
     """The numbers by name."""
-    return {field.name: getattr(state, field.name) for field in fields(state) if field.type != "bool" and field.name != "flush_after"}
+    no_bytes = ("keeps_gradients", "sums_late", "flush_after")
+    return {field.name: getattr(state, field.name) for field in fields(state) if field.name not in no_bytes}

@@ -52,10 +52,11 @@ def _head(plan: Plan, config: Config, cluster: Cluster) -> Iterator[str]:
     train, device = config.train, cluster.device
     nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''} x {cluster.gpus_per_node} {device.name}"
     engine = "plain engine" if train.engine == "torch" else f"ZeRO {train.zero_stage}"
-    yield f"{nodes} of {device.memory_gib:g} GiB = {plan.world} ranks: tensor {config.parallel.tensor} x data {plan.data_size}"
+    ranks = f"{plan.world} ranks: tensor {config.parallel.tensor} x data {plan.data_size}"
+    yield f"{nodes} of {device.memory_gib:g} GiB = {ranks}"
     yield (
         f"stage {train.stage}, {train.precision}, {engine}, sums of gradients in {train.gradient_dtype}; batch "
-        f"{train.global_batch_size} = {train.micro_batch_size} x {plan.data_size} ranks x {plan.accumulation} micro batches"
+        f"{train.global_batch_size} = {plan.accumulation} micro batches of {train.micro_batch_size} x {plan.data_size} ranks"
     )
 
 
@@ -68,16 +69,15 @@ def _memory(plan: Plan) -> Iterator[str]:
             yield f"  {name:34} {plan.state[key] / GIB:8.2f} GiB"
     yield "\nactivations            per micro batch      peak   largest micro batch"
     for name, policy in plan.policies.items():
-        mark = "  <- this run" if name == plan.policy else ""
-        yield (
-            f"  {name:10} {policy.activations / GIB:18.2f} GiB {policy.peak / GIB:9.2f} GiB {policy.largest_micro_batch:8}"
-            f"{'' if policy.fits else '   does not fit'}{mark}"
-        )
+        notes = ("" if policy.fits else "   does not fit") + ("  <- this run" if name == plan.policy else "")
+        sizes = f"{policy.activations / GIB:18.2f} GiB {policy.peak / GIB:9.2f} GiB"
+        yield f"  {name:10} {sizes} {policy.largest_micro_batch:8}{notes}"
     yield f"  usable     {'':18}     {plan.usable / GIB:10.2f} GiB"
 
 
 def _speed(plan: Plan, config: Config) -> Iterator[str]:
-    yield f"\ndisk: {plan.checkpoint / GIB:.1f} GiB per checkpoint, {plan.frozen_checkpoint / GIB:.1f} GiB once for frozen weights"
+    frozen = f"{plan.frozen_checkpoint / GIB:.1f} GiB once for frozen weights"
+    yield f"\ndisk: {plan.checkpoint / GIB:.1f} GiB per checkpoint, {frozen}"
     if plan.parts is None or plan.seconds is None:
         yield "\ntime: not predicted, the peak of this device is not known"
         return
@@ -104,7 +104,7 @@ def _what_fits(plan: Plan) -> Iterator[str]:
         yield "What fits on the same GPUs, the fastest first:"
         yield from (f"  {line}" for line in plan.suggestions)
     else:
-        yield "No activation policy, micro batch, ZeRO stage or tensor-parallel size fits on these GPUs: take larger or more of them"
+        yield "No activation policy, micro batch, ZeRO stage or tensor-parallel size fits: take larger or more GPUs"
 
 
 def _resident(plan: Plan) -> float:

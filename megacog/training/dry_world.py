@@ -130,11 +130,11 @@ def _fragments(model: nn.Module) -> Fragments:
 
 
 class _AnswerScalars(TorchDispatchMode):
-    """Numbers that the host asks for: norms and counts of overflows are zero."""
+    """Numbers that the host asks for: norms and steps are 1, counts of overflows 0."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0.0 if args[0].dtype.is_floating_point else 0
+            return 1.0 if args[0].dtype.is_floating_point else 0
         return func(*args, **(kwargs or {}))
 
 
@@ -181,7 +181,8 @@ def _compare_bytes(
     found: WorldReport, report: RankReport, what: str, actual: float, planned: float, accepted: float
 ) -> None:
     difference = planned / actual - 1
-    line = f"rank {report.rank:4}  {what:5}  planned {planned / _GIB:9.4f} GiB  dry run {actual / _GIB:9.4f} GiB  {100 * difference:+6.2f} %"
+    sizes = f"planned {planned / _GIB:9.4f} GiB  dry run {actual / _GIB:9.4f} GiB"
+    line = f"rank {report.rank:4}  {what:5}  {sizes}  {100 * difference:+6.2f} %"
     found.lines.append(line)
     if abs(difference) > accepted:
         found.problems.append(f"{line}: not within {100 * accepted:g} %")
@@ -196,7 +197,8 @@ def _coverage(reports: Sequence[RankReport], tensor: int) -> Iterator[str]:
             end = 0
             for start, length in pieces:
                 if start != end:
-                    yield f"{name}: elements {min(start, end)} to {max(start, end)} have {'no' if start > end else 'two'} owners"
+                    owners = "no owner" if start > end else "two owners"
+                    yield f"{name}: elements {min(start, end)} to {max(start, end)} have {owners}"
                 end = start + length
             if end != size:
                 yield f"{name}: {end} of {size} elements have an owner"
@@ -213,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, default=13)
     parser.add_argument("--gpus", type=int, default=8, help="per node")
     parser.add_argument("--ranks", type=_numbers, metavar="RANK,...", help="run these only; default: all")
-    parser.add_argument("--steps", type=_numbers, metavar="RANK,...", help="take two steps; default: first, middle, last")
+    parser.add_argument("--steps", type=_numbers, metavar="RANK,...", help="take two steps; default: 0, middle, last")
     parser.add_argument("--processes", type=int, default=1, help="ranks at a time")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     arguments = parser.parse_args(argv)
