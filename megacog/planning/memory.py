@@ -172,9 +172,7 @@ def _bf16_optimizer(elements: Elements, replicas: int, accumulation: int, gpu: b
     )
 
 
-def _zero_1_2(
-    elements: Elements, a: int, replicas: int, accumulation: int, zero: dict[str, Any], gpu: bool
-) -> State:
+def _zero_1_2(elements: Elements, a: int, replicas: int, accumulation: int, zero: dict[str, Any], gpu: bool) -> State:
     """Gradients pass through a bucket and its flattened copy; a rank keeps its share of them."""
     T, w, share = elements.trained, elements.weight_bytes, elements.trained / replicas
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))

@@ -185,9 +185,7 @@ def plan(config: Config, cluster: Cluster, suggest: bool = True) -> Plan:
 _PARTS = ("gemm", "attention", "pointwise", "accumulate", "optimizer", "exposed")
 
 
-def _time(
-    config: Config, cluster: Cluster, elements: Elements, accumulation: int, data_size: int
-) -> StepTime | None:
+def _time(config: Config, cluster: Cluster, elements: Elements, accumulation: int, data_size: int) -> StepTime | None:
     if not cluster.device.gpu:
         return None
     train = config.train

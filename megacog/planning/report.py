@@ -55,8 +55,8 @@ def _head(plan: Plan, config: Config, cluster: Cluster) -> Iterator[str]:
     ranks = f"{plan.world} ranks: tensor {config.parallel.tensor} x data {plan.data_size}"
     yield f"{nodes} of {device.memory_gib:g} GiB = {ranks}"
     yield (
-        f"stage {train.stage}, {train.precision}, {engine}, sums of gradients in {train.gradient_dtype}; batch "
-        f"{train.global_batch_size} = {plan.accumulation} micro batches of {train.micro_batch_size} x {plan.data_size} ranks"
+        f"stage {train.stage}, {train.precision}, {engine}, sums of gradients in {train.gradient_dtype}; "
+        f"batch {train.global_batch_size} = {plan.accumulation} x {train.micro_batch_size} x {plan.data_size} ranks"
     )
 
 

@@ -91,9 +91,7 @@ class _Traffic:
         self.seconds += sent / self._cluster.ring_bandwidth(ranks, neighbors) + hops
 
 
-def _average_gradients(
-    config: Config, traffic: _Traffic, elements: Elements, accumulation: int, replicas: int
-) -> None:
+def _average_gradients(config: Config, traffic: _Traffic, elements: Elements, accumulation: int, replicas: int) -> None:
     """What ZeRO sends, none of it behind computation: DeepSpeed overlaps only if `overlap_comm` asks for it."""
     train, tensor = config.train, config.parallel.tensor
     size = elements.trained * elements.weight_bytes

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -109,7 +110,8 @@ def _peak_within(recorded: profile, mark: str) -> int:
         if event.name == mark:
             region = event
         elif event.tag == _EventType.Allocation:
-            changes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+            allocation: Any = event.extra_fields
+            changes.append((event.start_time_ns, allocation.ptr, allocation.alloc_size))
     assert region is not None
     living: dict[int, int] = {}
     total = peak = 0

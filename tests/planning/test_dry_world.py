@@ -39,9 +39,7 @@ def test_a_small_world_covers_every_parameter_and_is_as_large_as_planned(tmp_pat
 
 
 def reports(*fragments: tuple[int, int] | None) -> list[RankReport]:
-    return [
-        RankReport(rank, {} if part is None else {"w": part}, {"w": 100}, 0) for rank, part in enumerate(fragments)
-    ]
+    return [RankReport(rank, {} if part is None else {"w": part}, {"w": 100}, 0) for rank, part in enumerate(fragments)]
 
 
 def test_every_element_has_one_owner() -> None:

@@ -48,7 +48,7 @@ def test_matrix_products_are_those_that_torch_counts_in_a_real_pass() -> None:
     rows, C, V = 2 * 4 * 64, 128, 500
     head = 3 * 2 * rows * C * V  # logits, logits again, gradient of the hidden states: inside of one operator
     traced = trace_pass(config, "none", 2, gpu=True)
-    assert linear > 10 * head
+    assert linear > 5 * head
     assert traced.gemm_flops == pytest.approx(linear + head, rel=1e-6)
 
 
