@@ -88,6 +88,8 @@ class Assumptions:
     """Of the nominal bandwidth in collectives, within a node and between nodes."""
     latency: float = 30e-6
     """Seconds of one hop of a collective; a collective of n ranks has log2(n) hops."""
+    spread: float = 0.01
+    """Standard deviation of the ranks' times of a step, relative; a step waits for the slowest rank."""
     reserved_gib: float = 1.5
     """Memory of the device that tensors cannot have: CUDA context, NCCL's buffers, cuBLAS's workspace."""
     usable_share: float = 0.95

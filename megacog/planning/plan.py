@@ -182,7 +182,7 @@ def plan(config: Config, cluster: Cluster, suggest: bool = True) -> Plan:
     return found
 
 
-_PARTS = ("gemm", "attention", "pointwise", "accumulate", "optimizer", "exposed")
+_PARTS = ("gemm", "attention", "pointwise", "accumulate", "optimizer", "exposed", "waiting")
 
 
 def _time(config: Config, cluster: Cluster, elements: Elements, accumulation: int, data_size: int) -> StepTime | None:

@@ -28,6 +28,7 @@ _PARTS = {
     "accumulate": "summing gradients",
     "optimizer": "AdamW",
     "exposed": "communication, exposed",
+    "waiting": "waiting for the slowest",
 }
 
 

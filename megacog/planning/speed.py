@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import ceil, log2
+from dataclasses import dataclass, replace
+from math import ceil, log, log2, sqrt
 
 from megacog.config.schema import Config
 from megacog.model.layout import stage_layout
@@ -30,12 +30,15 @@ class StepTime:
     optimizer: float
     exposed: float
     """Communication that nothing hides."""
+    waiting: float
+    """For the slowest rank."""
     sent_bytes: float
     """By one rank."""
 
     @property
     def seconds(self) -> float:
-        return self.gemm + self.attention + self.pointwise + self.accumulate + self.optimizer + self.exposed
+        computed = self.gemm + self.attention + self.pointwise + self.accumulate + self.optimizer
+        return computed + self.exposed + self.waiting
 
 
 def step_time(
@@ -63,15 +66,18 @@ def step_time(
     sums = 4 if config.train.gradient_dtype == "fp32" else w
     passes = one.gemm_flops / (peak * assumed.gemm_share)
     attention = (one.attention_flops + one.attention_backward_flops) / (peak * assumed.attention_share)
-    return StepTime(
+    time = StepTime(
         gemm=accumulation * passes,
         attention=accumulation * attention,
         pointwise=accumulation * one.pointwise_bytes / bandwidth,
         accumulate=accumulation * trained * (w + 3 * sums) / bandwidth,  # read, cast, add to what is there
         optimizer=updated * (_ADAM_BYTES + w) / bandwidth,
         exposed=traffic.seconds,
+        waiting=0,
         sent_bytes=traffic.sent,
     )
+    slowest = assumed.spread * sqrt(2 * log(cluster.world))  # the expected largest of so many normal deviations
+    return replace(time, waiting=slowest * (time.seconds - time.exposed))
 
 
 class _Traffic:
