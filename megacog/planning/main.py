@@ -66,7 +66,7 @@ def _gpus(text: str) -> tuple[int, float]:
 
 
 def _print_scaling(config: Config, cluster: Cluster, worlds: Sequence[int]) -> int:
-    own = plan(config, cluster, suggest=False)
+    own = plan(config, cluster, (), suggest=False)
     if own.seconds is None:
         raise ConfigError("--weak-scaling needs a device whose peak is known")
     plans = [_scaled(config, cluster, own, world) for world in worlds]
@@ -80,4 +80,4 @@ def _scaled(config: Config, cluster: Cluster, own: Plan, world: int) -> Plan:
     resized = cluster.resized(world)
     per_step = config.train.micro_batch_size * own.accumulation
     train = config.train.model_copy(update={"global_batch_size": per_step * world * own.data_size // own.world})
-    return plan(config.model_copy(update={"train": train}), resized, suggest=False)
+    return plan(config.model_copy(update={"train": train}), resized, (), suggest=False)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, get_args
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megacog.config.schema import Checkpointing, Config
 from megacog.errors import ConfigError
-from megacog.model.flops import tokens_per_sample
+from megacog.model.flops import tokens_per_sample, training_flops
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel
 from megacog.planning.cluster import GIB, Cluster
@@ -138,12 +138,13 @@ def accumulation_steps(config: Config, data_size: int) -> int:
     return train.global_batch_size // per_pass
 
 
-def plan(config: Config, cluster: Cluster, suggest: bool = True) -> Plan:
+def plan(config: Config, cluster: Cluster, policies: Sequence[Checkpointing] = POLICIES, suggest: bool = True) -> Plan:
     """The plan of a run.
 
     Args:
         config: The run.
         cluster: Where it runs.
+        policies: Activation policies to plan besides the run's own.
         suggest: Also look for what fits, if the run does not.
 
     Raises:
@@ -154,23 +155,24 @@ def plan(config: Config, cluster: Cluster, suggest: bool = True) -> Plan:
     accumulation = accumulation_steps(config, data_size)
     elements = count_elements(config)
     state = engine_state(config, elements, data_size, accumulation, cluster.device.gpu)
-    policies = {policy: _plan_policy(config, cluster, policy, data_size) for policy in POLICIES}
+    wanted = [policy for policy in POLICIES if policy in policies or policy == train.activation_checkpointing]
+    planned = {policy: _plan_policy(config, cluster, policy, data_size) for policy in wanted}
     time = _time(config, cluster, elements, accumulation, data_size)
     seconds = None if time is None else time.seconds
     samples = train.global_batch_size
-    traced = _work(config, cluster)
+    work = training_flops(config.model, train.stage) * samples / cluster.world
     whole_trained = elements.trained * config.parallel.tensor
     masters = 0 if elements.weight_bytes == 4 else 1
     found = Plan(
         world=cluster.world, data_size=data_size, accumulation=accumulation,
         trained=elements.trained, frozen=elements.frozen,
         state=tree(state), gradient_bytes=elements.trained * elements.weight_bytes,
-        policy=train.activation_checkpointing, policies=policies, usable=cluster.usable_bytes,
+        policy=train.activation_checkpointing, policies=planned, usable=cluster.usable_bytes,
         seconds=seconds,
         parts=None if time is None else {name: getattr(time, name) for name in _PARTS},
         sent=None if time is None else time.sent_bytes,
         tokens_per_second=None if not seconds else samples * tokens_per_sample(config.model, train.stage) / seconds,
-        model_tflops=None if not seconds else traced * accumulation / seconds / 1e12,
+        model_tflops=None if not seconds else work / seconds / 1e12,
         days=None if seconds is None else seconds * train.steps / 86400,
         gpu_hours=None if seconds is None else seconds * train.steps / 3600 * cluster.world,
         checkpoint=whole_trained * (elements.weight_bytes + 4 * (2 + masters)),
@@ -191,12 +193,6 @@ def _time(config: Config, cluster: Cluster, elements: Elements, accumulation: in
     train = config.train
     one = trace_pass(config, train.activation_checkpointing, train.micro_batch_size, gpu=True)
     return step_time(config, cluster, elements, one, accumulation, data_size)
-
-
-def _work(config: Config, cluster: Cluster) -> float:
-    """Operations of one micro batch on one rank without recomputation, attention's backward as twice its forward."""
-    one = trace_pass(config, "none", config.train.micro_batch_size, cluster.device.gpu)
-    return one.gemm_flops + one.attention_flops + one.attention_backward_flops * 2 / 2.5
 
 
 def _plan_policy(config: Config, cluster: Cluster, policy: Checkpointing, data_size: int) -> PolicyPlan:
@@ -240,7 +236,7 @@ def _suggestions(config: Config, cluster: Cluster) -> Iterator[str]:
     for overrides in _candidates(config, cluster):
         try:
             changed = Config.model_validate(_override(config.model_dump(mode="json"), overrides))
-            planned = plan(changed, cluster, suggest=False)
+            planned = plan(changed, cluster, (), suggest=False)
         except (ConfigError, ValidationError):
             continue
         if planned.fits:
@@ -251,23 +247,35 @@ def _suggestions(config: Config, cluster: Cluster) -> Iterator[str]:
         yield f"{text}  ({planned.peak / GIB:.1f} GiB{speed})"
 
 
-def _candidates(config: Config, cluster: Cluster) -> Iterable[dict[str, Any]]:
+def _candidates(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     """Changes worth trying: policies and smaller micro batches, alone and with another way to cut the state."""
     train = config.train
     micro_batches = [size for size in range(train.micro_batch_size, 0, -1) if train.micro_batch_size % size == 0]
-    layouts: list[dict[str, Any]] = [{}]
-    if train.engine == "torch":
-        layouts.append({"train.engine": "deepspeed"})
-    elif train.zero_stage < 2:
-        layouts.append({"train.zero_stage": 2})
-    layouts += [{"parallel.tensor": size} for size in (2, 4, 8) if size > config.parallel.tensor]
-    if train.engine == "deepspeed" and train.zero_stage < 3 and config.parallel.tensor == 1:
+    for layouts in (_light_layouts(config), _heavy_layouts(config)):
+        fitting = [
+            _first_that_fits(config, cluster, layout, policy, micro_batches)
+            for layout in layouts
+            for policy in POLICIES
+        ]
+        found = [overrides for overrides in fitting if overrides is not None]
+        if found:
+            return found
+    return []
+
+
+def _light_layouts(config: Config) -> list[dict[str, Any]]:
+    """Ways to cut the state that send no more per layer."""
+    if config.train.engine == "torch":
+        return [{}, {"train.engine": "deepspeed"}]
+    return [{}, {"train.zero_stage": 2}] if config.train.zero_stage < 2 else [{}]
+
+
+def _heavy_layouts(config: Config) -> list[dict[str, Any]]:
+    """Ways to cut the weights, too."""
+    layouts: list[dict[str, Any]] = [{"parallel.tensor": size} for size in (2, 4, 8) if size > config.parallel.tensor]
+    if config.train.engine == "deepspeed" and config.train.zero_stage < 3 and config.parallel.tensor == 1:
         layouts.append({"train.zero_stage": 3})
-    for layout in layouts:
-        for policy in POLICIES:
-            fitting = _first_that_fits(config, cluster, layout, policy, micro_batches)
-            if fitting is not None:
-                yield fitting
+    return layouts
 
 
 def _first_that_fits(

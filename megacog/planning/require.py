@@ -18,10 +18,9 @@ def require_memory(config: Config, cluster: Cluster) -> None:
     Raises:
         ConfigError: The run cannot fit; the message has the planner's numbers and what would fit.
     """
-    found = plan(config, cluster, suggest=config.train.memory_check)
-    if found.fits:
+    if plan(config, cluster, (), suggest=False).fits:
         return
-    message = refusal(found, config)
+    message = refusal(plan(config, cluster, suggest=config.train.memory_check), config)
     if config.train.memory_check:
         raise ConfigError(f"{message}\nTo try all the same: train.memory_check=false")
     log.warning("%s", message)

@@ -42,9 +42,8 @@ def on_one_h200(nine: Config) -> Plan:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_loaded_and_planned(path: Path) -> None:
     config = load_config(path)
-    found = plan(config, Cluster(find_device("H100", 80, config.train.precision), 8, 1), suggest=False)
+    found = plan(config, Cluster(find_device("H100", 80, config.train.precision), 8, 1), (), suggest=False)
     assert found.trained > 0 and found.world == 8
-    assert 0 < found.policies["full"].peak <= found.policies["selective"].peak <= found.policies["none"].peak
     assert found.tokens_per_second and found.tokens_per_second > 0
     assert found.fits, "as they are, on one node of the usual kind"
 
@@ -60,7 +59,8 @@ def test_memory_of_the_9b_is_what_was_counted_by_hand(on_one_h200: Plan) -> None
     assert per_sample == pytest.approx({"none": 10.8, "selective": 3.4, "full": 0.6}, rel=0.1)
     assert on_one_h200.state["weights"] / GIB == pytest.approx(14.4, rel=0.01)
     assert (on_one_h200.state["masters"] + on_one_h200.state["moments"]) / GIB == pytest.approx(20.3, rel=0.01)
-    assert on_one_h200.peak == on_one_h200.policies["selective"].peak, "the policy of the file"
+    peaks = [on_one_h200.policies[policy].peak for policy in ("full", "selective", "none")]
+    assert peaks == sorted(peaks) and on_one_h200.peak == peaks[1], "the policy of the file is selective"
 
 
 def test_work_of_the_9b_is_what_was_counted_by_hand(on_one_h200: Plan) -> None:
@@ -72,9 +72,9 @@ def test_work_of_the_9b_is_what_was_counted_by_hand(on_one_h200: Plan) -> None:
 
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(nine: Config, on_one_h200: Plan) -> None:
     largest = on_one_h200.policies["selective"].largest_micro_batch
-    fits = plan(changed(nine, global_batch_size=4 * largest, micro_batch_size=largest), cluster(), suggest=False)
+    fits = plan(changed(nine, global_batch_size=4 * largest, micro_batch_size=largest), cluster(), (), suggest=False)
     larger = largest + 1
-    fails = plan(changed(nine, global_batch_size=4 * larger, micro_batch_size=larger), cluster(), suggest=False)
+    fails = plan(changed(nine, global_batch_size=4 * larger, micro_batch_size=larger), cluster(), (), suggest=False)
     assert fits.fits and not fails.fits
 
 
@@ -85,7 +85,7 @@ def test_what_is_suggested_fits(nine: Config) -> None:
     for suggestion in found.suggestions:
         overrides = suggestion.split("  (")[0].split()
         mended = load_config(NINE, ["train.activation_checkpointing=none", "train.micro_batch_size=8", *overrides])
-        assert plan(mended, cluster(gpus=8, memory=80, name="A100"), suggest=False).fits, suggestion
+        assert plan(mended, cluster(gpus=8, memory=80, name="A100"), (), suggest=False).fits, suggestion
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_planners_numbers(nine: Config) -> None:
@@ -105,7 +105,7 @@ def test_ranks_and_batches_that_do_not_divide_are_refused(nine: Config) -> None:
 
 def test_more_nodes_wait_longer_for_gradients_but_no_work_changes(nine: Config) -> None:
     one, many = (
-        plan(changed(nine, global_batch_size=4 * 8 * nodes), cluster(gpus=8, nodes=nodes), suggest=False)
+        plan(changed(nine, global_batch_size=4 * 8 * nodes), cluster(gpus=8, nodes=nodes), (), suggest=False)
         for nodes in (1, 64)
     )
     assert one.parts and many.parts
