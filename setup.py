@@ -66,6 +66,7 @@ setup(
     entry_points={
         "console_scripts": [
             "megacog-pretrain=megacog.commands:pretrain",
+            "megacog-plan=megacog.commands:plan",
             "megacog-prepare=megacog.commands:prepare",
             "megacog-train-tokenizer=megacog.commands:train_tokenizer",
             "megacog-infer=megacog.commands:infer",

@@ -18,6 +18,10 @@ PROOFS = {
     ),
     "predict": ("megacog.training.predict", "step time and memory of a deep model from two shallow ones"),
     "memorize": ("megacog.training.memorize", "RUN_DIR: 16 clips by heart, through a kill and a bitwise resume"),
+    "world": (
+        "megacog.training.dry_world",
+        "--config FILE: a run of 13 x 8 ranks on fake tensors covers every parameter and is as large as planned",
+    ),
     "idle": ("megacog.evaluation.idle", "BEFORE AFTER: training one attention-plus leaves base and other set as is"),
 }
 """Sub-command -> module with its command line, help."""

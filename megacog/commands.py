@@ -7,6 +7,7 @@ exit code. `launch/*.py` are the same commands for use from the repository.
 from __future__ import annotations
 
 import os
+import sys
 
 from megacog.runtime.cli import run
 
@@ -16,6 +17,17 @@ def pretrain() -> None:
     from megacog.training.pretrain import main
 
     run(main, leave=os._exit)
+
+
+def plan() -> None:
+    """Exit with the code of `megacog.planning.main.main`, or of `megacog.training.memory_check.main` for `check`."""
+    if sys.argv[1:2] == ["check"]:
+        from megacog.training import memory_check
+
+        run(lambda: memory_check.main(sys.argv[2:]))
+    from megacog.planning.main import main
+
+    run(main)
 
 
 def prepare() -> None:

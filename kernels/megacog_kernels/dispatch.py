@@ -38,9 +38,14 @@ def choose(
         ValueError: Triton is asked for and cannot run, or the name is unknown.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    chosen, reason = _choose(implementation, device, dtype, unfit, interpreted)
+    chosen, reason = _choose(implementation, device, dtype, unfit, interpreted or fake_tensors())
     _say(f"{op} on {device.type} ({str(dtype).removeprefix('torch.')}, {size}): {chosen}, {reason}")
     return chosen
+
+
+def fake_tensors() -> bool:
+    """Whether tensors are fake now (`torch._subclasses`): operators give shapes and no kernel runs."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 @cache

@@ -281,6 +281,8 @@ class TrainConfig(Section):
     never: fail if there is one."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per rank; null = cores / local ranks."""
+    memory_check: bool = True
+    """On GPUs: refuse to start when the planned peak of memory exceeds the device's; false = warn and go on."""
 
 
 class ParallelConfig(Section):

@@ -38,6 +38,9 @@ from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.parallel.tensor import materialize
+from megacog.planning.cluster import Cluster, Device
+from megacog.planning.plan import accumulation_steps
+from megacog.planning.require import require_memory
 from megacog.runtime import log as logs
 from megacog.runtime.files import atomic_file, require_replaceable
 from megacog.runtime.hardware import available_cores, describe_device, device_name, peak_tflops
@@ -114,9 +117,11 @@ def start_processes(config: Config, ranks: Ranks) -> torch.device:
 def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> int:
     """Train one stage on this rank; the exit code."""
     groups = build_process_groups(config.parallel.tensor)
-    accumulation = accumulation_steps(config, groups)
+    accumulation = accumulation_steps(config, groups.data_size)
     tokenizers = open_tokenizers(config)
     config = resolve(config, tokenizers)
+    if device.type == "cuda":
+        on_rank_0(lambda: require_memory(config, this_cluster(ranks, device)))
     data = on_rank_0(lambda: check_data(config, tokenizers.frames.fingerprint, tokenizers.text))
     run_dir = Path(config.train.run_dir)
     on_rank_0(lambda: check_export_place(run_dir / "export"))
@@ -175,19 +180,11 @@ def check_export_place(path: Path) -> None:
         require_replaceable(path, EXPORT)
 
 
-def accumulation_steps(config: Config, groups: ProcessGroups) -> int:
-    """Micro batches per rank and step.
-
-    Raises:
-        ConfigError: The global batch does not divide over ranks and micro batches.
-    """
-    train, per_pass = config.train, config.train.micro_batch_size * groups.data_size
-    if train.global_batch_size % per_pass:
-        raise ConfigError(
-            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {groups.data_size} data-parallel ranks = {per_pass}"
-        )
-    return train.global_batch_size // per_pass
+def this_cluster(ranks: Ranks, device: torch.device) -> Cluster:
+    """The GPUs that the run has; speeds of links do not matter here."""
+    memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    nodes = max(1, ranks.world_size // ranks.local_world_size)
+    return Cluster(Device(device_name(), memory_gib), ranks.world_size // nodes, nodes)
 
 
 def open_tokenizers(config: Config) -> Tokenizers:

@@ -287,7 +287,8 @@ def _encode(mask: MaskSpec, grid: VideoGrid, queries: tuple[int, ...] | None = N
     return [*head, *mask.order.level, *map(int, mask.order.open)]
 
 
-def _decode(code: Sequence[int]) -> tuple[MaskSpec, VideoGrid, tuple[int, ...] | None]:
+def decode_mask(code: Sequence[int]) -> tuple[MaskSpec, VideoGrid, tuple[int, ...] | None]:
+    """The mask and grid in an operator's argument, and the frames that ask (None = all)."""
     asking, rest = tuple(code[1 : 1 + code[0]]), code[1 + code[0] :]
     frames, height, width, kind, window_y, window_x, near, shift_y, shift_x, *order = rest
     window = (window_y, window_x) if window_y else None
@@ -304,7 +305,7 @@ def _prepare(
     from megacog_kernels.attention.calls import Inputs, text_rows
     from megacog_kernels.attention.configurations import configurations, is_dense
 
-    mask, grid, queries = _decode(code) if code else (*text_rows(q.shape[1]), None)
+    mask, grid, queries = decode_mask(code) if code else (*text_rows(q.shape[1]), None)
     inputs = Inputs(q, k, v, text_k, text_v, text_valid, mask, grid, scale, queries)
     capability = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
     return inputs, configurations(q.shape[3], q.dtype, bool(code) and is_dense(mask), capability)
@@ -325,7 +326,7 @@ def _decode_attend(
     """[B, R, N, D], contiguous."""
     from megacog_kernels.attention.decode import decode
 
-    return decode(q, k, v, text_valid, tokens, *_decode(code)[:2], scale, text_bias, splits)
+    return decode(q, k, v, text_valid, tokens, *decode_mask(code)[:2], scale, text_bias, splits)
 
 
 @_decode_attend.register_fake
@@ -359,7 +360,7 @@ def _(
     q: Tensor, k: Any, v: Any, text_k: Any, text_v: Any, text_valid: Any, code: Any, scale: Any, deterministic: Any
 ) -> Any:  # fmt: skip
     B, R, N, D = q.shape
-    return q.new_empty(B, R, N, D), q.new_empty(B, N, R, dtype=torch.float32)
+    return kept(lambda: (q.new_empty(B, R, N, D), q.new_empty(B, N, R, dtype=torch.float32)))
 
 
 @torch.library.custom_op("megacog::attend_backward", mutates_args=())

@@ -1,0 +1,160 @@
+"""Devices and links of a cluster: data-sheet figures, and the shares of them that runs are assumed to reach."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+
+from megacog.errors import ConfigError
+from megacog.runtime.hardware import peak_tflops
+
+GIB = 2**30
+
+# Name: nominal memory in GiB, memory bandwidth in TB/s, bandwidth to the GPUs of the same node in GB/s one way, network
+# per GPU in Gbit/s of the vendor's reference system. Data sheets of the vendors.
+_DEVICES: dict[str, tuple[float, float, float, float]] = {
+    "H100": (80, 3.35, 450, 400),
+    "H200": (141, 4.8, 450, 400),
+    "B200": (180, 8.0, 900, 400),
+    "A100": (80, 2.04, 300, 200),
+    "A100-40GB": (40, 1.56, 300, 200),
+    "L40S": (48, 0.864, 32, 100),
+    "A40": (48, 0.696, 32, 100),
+    "RTX A6000": (48, 0.768, 32, 100),
+    "RTX 4090": (24, 1.01, 32, 100),
+    "RTX 3090": (24, 0.936, 32, 100),
+    "MI300X": (192, 5.3, 448, 400),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, or a CPU, of which only the memory is known."""
+
+    name: str
+    memory_gib: float
+    peak_tflops: float | None = None
+    """Dense, at the run's precision."""
+    bandwidth: float = 0
+    """Of its memory, bytes/s."""
+    link: float = 0
+    """To other GPUs of its node, bytes/s in one direction."""
+    network: float = 0
+    """To other nodes, bytes/s in one direction, per GPU."""
+
+    @property
+    def gpu(self) -> bool:
+        return self.name != "cpu"
+
+
+def find_device(name: str | None, memory_gib: float, precision: str) -> Device:
+    """The device of that name, or the usual one of that memory.
+
+    Args:
+        name: As in the table above, as torch names a device, or "cpu"; None = by memory.
+        memory_gib: Of one device.
+        precision: "bf16" or "fp32".
+
+    Raises:
+        ConfigError: Unknown.
+    """
+    if name is not None and name.lower() == "cpu":
+        return Device("cpu", memory_gib)
+    if name is None:
+        found = next((known for known, facts in _DEVICES.items() if facts[0] == memory_gib), None)
+    else:
+        matching = [known for known in _DEVICES if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE)]
+        found = max(matching, key=len, default=None)
+    if found is None:
+        what = f"a device of {memory_gib:g} GiB" if name is None else f"device {name!r}"
+        raise ConfigError(f"{what} is not known; --device takes {', '.join(_DEVICES)} or cpu")
+    _, bandwidth, link, network = _DEVICES[found]
+    peak = peak_tflops(found, precision)
+    return Device(found, memory_gib, peak, bandwidth * 1e12, link * 1e9, network / 8 * 1e9)
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What predictions take for granted; `--assume name=value` changes it."""
+
+    gemm_share: float = 0.73
+    """Of the peak in matrix products: 720 of 989 TFLOP/s on an H200, estimated."""
+    attention_share: float = 0.32
+    """Of the peak in attention at head dim 64, backward counted with five products: 320 of 989 TFLOP/s,
+    estimated from published kernels."""
+    bandwidth_share: float = 0.85
+    """Of the memory bandwidth in pointwise operators and the optimizer; a copy reaches 4.3 of 4.8 TB/s on an H200."""
+    link_share: float = 0.8
+    """Of the nominal bandwidth in collectives, within a node and between nodes."""
+    latency: float = 30e-6
+    """Seconds of one hop of a collective; a collective of n ranks has log2(n) hops."""
+    spread: float = 0.01
+    """Standard deviation of the ranks' times of a step, relative; a step waits for the slowest rank."""
+    reserved_gib: float = 1.5
+    """Memory of the device that tensors cannot have: CUDA context, NCCL's buffers, cuBLAS's workspace."""
+    usable_share: float = 0.95
+    """Of the rest: the allocator's rounding and fragmentation take 5 %."""
+
+    def changed(self, settings: list[str]) -> Assumptions:
+        """With `name=value` settings applied.
+
+        Raises:
+            ConfigError: An unknown name, or no number.
+        """
+        known = {field.name for field in fields(self)}
+        values = {}
+        for setting in settings:
+            name, _, value = setting.partition("=")
+            try:
+                values[name] = float(value)
+            except ValueError:
+                raise ConfigError(f"--assume {setting}: expected name=number") from None
+            if name not in known or values[name] < 0:
+                raise ConfigError(f"--assume {setting}: expected one of {', '.join(sorted(known))}, not negative")
+        return replace(self, **values)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of equal GPUs, one rank per GPU."""
+
+    device: Device
+    gpus_per_node: int
+    nodes: int
+    assumptions: Assumptions = Assumptions()
+
+    @property
+    def world(self) -> int:
+        return self.gpus_per_node * self.nodes
+
+    @property
+    def usable_bytes(self) -> float:
+        """What tensors of one rank may take."""
+        assumed = self.assumptions
+        if not self.device.gpu:
+            return self.device.memory_gib * GIB / self.gpus_per_node
+        return (self.device.memory_gib - assumed.reserved_gib) * assumed.usable_share * GIB
+
+    def resized(self, world: int) -> Cluster:
+        """The same nodes, as many as `world` ranks need.
+
+        Raises:
+            ConfigError: They would not be whole.
+        """
+        if world <= self.gpus_per_node:
+            return replace(self, gpus_per_node=world, nodes=1)
+        if world % self.gpus_per_node:
+            raise ConfigError(f"{world} GPUs are no whole nodes of {self.gpus_per_node}")
+        return replace(self, nodes=world // self.gpus_per_node)
+
+    def ring_bandwidth(self, ranks: int, neighbors: int = 1) -> float:
+        """Bytes/s per rank in a ring of `ranks` ranks that stand `neighbors` apart, in one direction.
+
+        Rings of one node share its links; rings over nodes share the network cards of all GPUs of a node, of which
+        every ring leaves through one.
+        """
+        link = self.device.link * self.assumptions.link_share
+        if ranks * neighbors <= self.gpus_per_node:
+            return link
+        network = self.device.network * self.assumptions.link_share
+        return min(link, network * max(1, self.gpus_per_node // neighbors))

@@ -1,0 +1,304 @@
+"""The plan of a run on a cluster: what every rank holds, what fits, how fast it goes, and what to change.
+
+`plan` is the whole of it. Memory is computed from shapes and is the same on every rank; times are predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megacog.config.schema import Checkpointing, Config
+from megacog.errors import ConfigError
+from megacog.model.flops import tokens_per_sample, training_flops
+from megacog.model.transformer import CogVideo
+from megacog.parallel.tensor import TensorParallel
+from megacog.planning.cluster import GIB, Cluster
+from megacog.planning.memory import Elements, State, engine_state, tree
+from megacog.planning.speed import StepTime, step_time
+from megacog.planning.trace import trace_pass
+
+POLICIES: tuple[Checkpointing, ...] = get_args(Checkpointing)
+_LARGEST_TRIED = 4096
+"""Samples; a micro batch beyond it is not looked for."""
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PolicyPlan(_Facts):
+    """One activation policy at the run's micro batch. Bytes of one rank."""
+
+    policy: Checkpointing
+    activations: float
+    """What the forward pass of a micro batch leaves for the backward pass."""
+    peak: float
+    """Most bytes of tensors alive at once in a step."""
+    fits: bool
+    largest_micro_batch: int
+    """That fits in memory, whatever divides; 0 = none."""
+
+
+class Plan(_Facts):
+    """A run on a cluster. Bytes of one rank, unless it says otherwise; times are predicted."""
+
+    world: int
+    data_size: int
+    """Ranks that take different samples."""
+    accumulation: int
+    """Micro batches of one rank per step."""
+    trained: int
+    """Elements on one rank before ZeRO cuts them."""
+    frozen: int
+    state: dict[str, float]
+    """By what it is for: weights, masters, moments, gradients, buckets, and what phases of a step need besides."""
+    gradient_bytes: float
+    """One gradient per trained weight, as autograd makes them."""
+    policy: Checkpointing
+    """Of the run."""
+    policies: dict[Checkpointing, PolicyPlan]
+    usable: float
+    """Memory that tensors may take."""
+    seconds: float | None
+    """Of one step; None for a device whose peak is not known."""
+    parts: dict[str, float] | None
+    """Seconds of a step by what they are spent on."""
+    sent: float | None
+    """By one rank per step."""
+    tokens_per_second: float | None
+    """Of all ranks together."""
+    model_tflops: float | None
+    """Of one device: work without recomputation."""
+    days: float | None
+    """For train.steps."""
+    gpu_hours: float | None
+    checkpoint: float
+    """On disk, in all."""
+    frozen_checkpoint: float
+    """On disk, once per run."""
+    suggestions: list[str]
+    """Overrides that fit, the fastest first; empty if the run fits as it is."""
+
+    @property
+    def peak(self) -> float:
+        """Of the run's own policy."""
+        return self.policies[self.policy].peak
+
+    @property
+    def fits(self) -> bool:
+        return self.policies[self.policy].fits
+
+
+@lru_cache(maxsize=64)
+def _count(model: Any, stage: Any, tensor: int, weight_bytes: int) -> Elements:
+    with torch.device("meta"):
+        built = CogVideo(model, () if stage == "base" else (stage,), TensorParallel(0, tensor))
+    built.trainable(stage)
+    trained = [parameter.numel() for parameter in built.parameters() if parameter.requires_grad]
+    frozen = sum(parameter.numel() for parameter in built.parameters() if not parameter.requires_grad)
+    return Elements(sum(trained), frozen, max(trained), weight_bytes)
+
+
+def count_elements(config: Config) -> Elements:
+    """What the first tensor-parallel rank holds, from the model on the meta device."""
+    model = config.model.model_copy(update={"boi_id": config.model.boi_id or 0, "inherit": None})
+    weight_bytes = 2 if config.train.precision == "bf16" else 4
+    return _count(model, config.train.stage, config.parallel.tensor, weight_bytes)
+
+
+def data_parallel(config: Config, world: int) -> int:
+    """Ranks that take different samples.
+
+    Raises:
+        ConfigError: The world does not divide.
+    """
+    tensor = config.parallel.tensor
+    if world % tensor:
+        raise ConfigError(f"parallel.tensor = {tensor} does not divide the {world} ranks of this run; start a multiple")
+    return world // tensor
+
+
+def accumulation_steps(config: Config, data_size: int) -> int:
+    """Micro batches per rank and step.
+
+    Raises:
+        ConfigError: The global batch does not divide over ranks and micro batches.
+    """
+    train, per_pass = config.train, config.train.micro_batch_size * data_size
+    if train.global_batch_size % per_pass:
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x {data_size} data-parallel ranks = {per_pass}"
+        )
+    return train.global_batch_size // per_pass
+
+
+def plan(config: Config, cluster: Cluster, policies: Sequence[Checkpointing] = POLICIES, suggest: bool = True) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: The run.
+        cluster: Where it runs.
+        policies: Activation policies to plan besides the run's own.
+        suggest: Also look for what fits, if the run does not.
+
+    Raises:
+        ConfigError: Ranks or batches do not divide.
+    """
+    train = config.train
+    data_size = data_parallel(config, cluster.world)
+    accumulation = accumulation_steps(config, data_size)
+    elements = count_elements(config)
+    state = engine_state(config, elements, data_size, accumulation, cluster.device.gpu)
+    wanted = [policy for policy in POLICIES if policy in policies or policy == train.activation_checkpointing]
+    planned = {policy: _plan_policy(config, cluster, policy, data_size) for policy in wanted}
+    time = _time(config, cluster, elements, accumulation, data_size)
+    seconds = None if time is None else time.seconds
+    samples = train.global_batch_size
+    work = training_flops(config.model, train.stage) * samples / cluster.world
+    whole_trained = elements.trained * config.parallel.tensor
+    masters = 0 if elements.weight_bytes == 4 else 1
+    found = Plan(
+        world=cluster.world, data_size=data_size, accumulation=accumulation,
+        trained=elements.trained, frozen=elements.frozen,
+        state=tree(state), gradient_bytes=elements.trained * elements.weight_bytes,
+        policy=train.activation_checkpointing, policies=planned, usable=cluster.usable_bytes,
+        seconds=seconds,
+        parts=None if time is None else {name: getattr(time, name) for name in _PARTS},
+        sent=None if time is None else time.sent_bytes,
+        tokens_per_second=None if not seconds else samples * tokens_per_sample(config.model, train.stage) / seconds,
+        model_tflops=None if not seconds else work / seconds / 1e12,
+        days=None if seconds is None else seconds * train.steps / 86400,
+        gpu_hours=None if seconds is None else seconds * train.steps / 3600 * cluster.world,
+        checkpoint=whole_trained * (elements.weight_bytes + 4 * (2 + masters)),
+        frozen_checkpoint=elements.frozen * config.parallel.tensor * elements.weight_bytes,
+        suggestions=[],
+    )  # fmt: skip
+    if suggest and not found.fits:
+        return found.model_copy(update={"suggestions": list(_suggestions(config, cluster))})
+    return found
+
+
+_PARTS = ("gemm", "attention", "pointwise", "accumulate", "optimizer", "exposed", "waiting")
+
+
+def _time(config: Config, cluster: Cluster, elements: Elements, accumulation: int, data_size: int) -> StepTime | None:
+    if not cluster.device.gpu:
+        return None
+    train = config.train
+    one = trace_pass(config, train.activation_checkpointing, train.micro_batch_size, gpu=True)
+    return step_time(config, cluster, elements, one, accumulation, data_size)
+
+
+def _plan_policy(config: Config, cluster: Cluster, policy: Checkpointing, data_size: int) -> PolicyPlan:
+    one = trace_pass(config, policy, config.train.micro_batch_size, cluster.device.gpu)
+    peak = plan_peak(config, data_size, policy, config.train.micro_batch_size, cluster.device.gpu)
+    largest = _largest_micro_batch(config, cluster, policy, data_size)
+    return PolicyPlan(
+        policy=policy, activations=one.saved, peak=peak, fits=peak <= cluster.usable_bytes, largest_micro_batch=largest
+    )
+
+
+def _largest_micro_batch(config: Config, cluster: Cluster, policy: Checkpointing, data_size: int) -> int:
+    def fits(size: int) -> bool:
+        return plan_peak(config, data_size, policy, size, cluster.device.gpu) <= cluster.usable_bytes
+
+    if not fits(2):
+        return 1 if fits(1) else 0
+    low = high = 2
+    while high < _LARGEST_TRIED and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def plan_peak(config: Config, data_size: int, policy: Checkpointing, micro_batch: int, gpu: bool) -> float:
+    """Peak bytes of one rank with another policy and micro batch than the run's own.
+
+    Gradients are taken to be accumulated where the micro batch does not divide.
+    """
+    accumulation = -(-config.train.global_batch_size // (micro_batch * data_size))
+    elements = count_elements(config)
+    state: State = engine_state(config, elements, data_size, accumulation, gpu)
+    return state.peak(trace_pass(config, policy, micro_batch, gpu), elements.trained * elements.weight_bytes)
+
+
+def _suggestions(config: Config, cluster: Cluster) -> Iterator[str]:
+    """Overrides with which the run fits, each verified, the fastest first."""
+    found = []
+    for overrides in _candidates(config, cluster):
+        try:
+            changed = Config.model_validate(_override(config.model_dump(mode="json"), overrides))
+            planned = plan(changed, cluster, (), suggest=False)
+        except (ConfigError, ValidationError):
+            continue
+        if planned.fits:
+            found.append((planned.seconds or 0, overrides, planned))
+    for seconds, overrides, planned in sorted(found, key=lambda each: each[0])[:5]:
+        text = " ".join(f"{key}={value}" for key, value in overrides.items())
+        speed = f", {planned.tokens_per_second:,.0f} tokens/s predicted" if seconds else ""
+        yield f"{text}  ({planned.peak / GIB:.1f} GiB{speed})"
+
+
+def _candidates(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
+    """Changes worth trying: policies and smaller micro batches, alone and with another way to cut the state."""
+    train = config.train
+    micro_batches = [size for size in range(train.micro_batch_size, 0, -1) if train.micro_batch_size % size == 0]
+    for layouts in (_light_layouts(config), _heavy_layouts(config)):
+        fitting = [
+            _first_that_fits(config, cluster, layout, policy, micro_batches)
+            for layout in layouts
+            for policy in POLICIES
+        ]
+        found = [overrides for overrides in fitting if overrides is not None]
+        if found:
+            return found
+    return []
+
+
+def _light_layouts(config: Config) -> list[dict[str, Any]]:
+    """Ways to cut the state that send no more per layer."""
+    if config.train.engine == "torch":
+        return [{}, {"train.engine": "deepspeed"}]
+    return [{}, {"train.zero_stage": 2}] if config.train.zero_stage < 2 else [{}]
+
+
+def _heavy_layouts(config: Config) -> list[dict[str, Any]]:
+    """Ways to cut the weights, too."""
+    layouts: list[dict[str, Any]] = [{"parallel.tensor": size} for size in (2, 4, 8) if size > config.parallel.tensor]
+    if config.train.engine == "deepspeed" and config.train.zero_stage < 3 and config.parallel.tensor == 1:
+        layouts.append({"train.zero_stage": 3})
+    return layouts
+
+
+def _first_that_fits(
+    config: Config, cluster: Cluster, layout: dict[str, Any], policy: Checkpointing, micro_batches: list[int]
+) -> dict[str, Any] | None:
+    for size in micro_batches:
+        overrides = dict(layout)
+        if policy != config.train.activation_checkpointing:
+            overrides["train.activation_checkpointing"] = policy
+        if size != config.train.micro_batch_size:
+            overrides["train.micro_batch_size"] = size
+        try:
+            changed = Config.model_validate(_override(config.model_dump(mode="json"), overrides))
+            data_size = data_parallel(changed, cluster.world)
+        except (ConfigError, ValidationError):
+            return None
+        if plan_peak(changed, data_size, policy, size, cluster.device.gpu) <= cluster.usable_bytes:
+            return overrides
+    return None
+
+
+def _override(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        values[section] = values[section] | {name: value}
+    return values

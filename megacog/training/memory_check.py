@@ -1,0 +1,175 @@
+"""The planned peak of memory against the measured one, for every engine and activation policy, on small models.
+
+Measured is what the CPU allocator handed out (torch's profiler reports every allocation and release) over two real
+optimizer steps; the peak is that of the second, when all states exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from megacog.config.schema import Checkpointing, Config
+from megacog.model.init import initialize_base, initialize_plus
+from megacog.model.transformer import CogVideo
+from megacog.parallel.groups import ProcessGroups, build_process_groups
+from megacog.parallel.tensor import materialize
+from megacog.planning.plan import POLICIES, plan_peak
+from megacog.runtime.cli import run
+from megacog.training.engine import build_engine
+from megacog.training.precision import DTYPES
+from megacog.training.pretrain import example_inputs
+
+ACCEPTED = 0.05
+"""Largest relative difference of planned and measured peak."""
+ACCUMULATION = 2
+ENGINES = ("torch-bf16", "torch-fp32", "zero0-fp32", "zero1-fp32", "zero1-bf16", "zero2-bf16", "zero3-bf16")
+_MARK = "planned: second step"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Bytes of one rank."""
+
+    planned: float
+    measured: float
+
+    @property
+    def difference(self) -> float:
+        """Relative to what was measured."""
+        return self.planned / self.measured - 1
+
+
+def small_run(engine: str, policy: Checkpointing, world: int, layers: int = 8, micro_batch: int = 2) -> Config:
+    """A run of a small model: width 128, 8 x 8 codes per frame; `engine` as in ENGINES."""
+    name, precision = engine.split("-")
+    zero = int(name[-1]) if name != "torch" else 0
+    model = {
+        "num_layers": layers, "hidden_size": 128, "num_heads": 4, "grid": (8, 8), "text_length": 16,
+        "text_positions": 16, "image_vocab_size": 500, "text_vocab_size": 300, "boi_id": 3, "inherit": "none",
+    }  # fmt: skip
+    train = {
+        "stage": "sequential", "run_dir": "none", "engine": "torch" if name == "torch" else "deepspeed",
+        "zero_stage": zero, "steps": 2, "global_batch_size": micro_batch * ACCUMULATION * world,
+        "micro_batch_size": micro_batch, "precision": precision, "activation_checkpointing": policy,
+    }  # fmt: skip
+    # DeepSpeed's own buckets are for models a thousand times as large.
+    zero_settings = {"reduce_bucket_size": 200_000}
+    if zero == 3:
+        zero_settings |= {"stage3_param_persistence_threshold": 0}
+    extra = {} if name == "torch" else {"zero_optimization": zero_settings}
+    tokenizer = {"text": "none", "frames": "none"}
+    return Config.model_validate({"model": model, "tokenizer": tokenizer, "train": train, "deepspeed": extra})
+
+
+def measure_peak(config: Config, groups: ProcessGroups) -> int:
+    """Most bytes that this rank's allocator has handed out at once in the second optimizer step. Collective."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        with torch.device("meta"):
+            stage, train = config.train.stage, config.train
+            plus = () if stage == "base" else (stage,)
+            model = CogVideo(config.model, plus, groups.tensor, train.activation_checkpointing, train.kernels)
+        materialize(model, "cpu", DTYPES[train.precision])
+        initialize_base(model, seed=1)
+        if stage != "base":
+            initialize_plus(model, stage, "copy", seed=1)
+        model.trainable(stage)
+        engine = build_engine(config, model, groups, ACCUMULATION)
+        inputs = example_inputs(config, torch.device("cpu"))
+        for step in range(2):
+            with record_function(f"{_MARK} {step}"):
+                for _ in range(ACCUMULATION):
+                    engine.backward(engine.forward(**inputs).loss)
+                engine.step(1e-4)
+    return _peak_within(recorded, f"{_MARK} 1")
+
+
+def _peak_within(recorded: profile, mark: str) -> int:
+    """Largest sum of allocations minus releases between begin and end of the marked region.
+
+    Releases of what was allocated before the recording, by an earlier run in this process, do not count.
+    """
+    region, changes = None, []
+    waiting = recorded.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.name == mark:
+            region = event
+        elif event.tag == _EventType.Allocation:
+            allocation: Any = event.extra_fields
+            changes.append((event.start_time_ns, allocation.ptr, allocation.alloc_size))
+    assert region is not None
+    living: dict[int, int] = {}
+    total = peak = 0
+    for when, place, size in sorted(changes):
+        if when > region.end_time_ns:
+            break
+        if size > 0:
+            living[place] = size
+            total += size
+        else:
+            total -= living.pop(place, 0)
+        if when >= region.start_time_ns:
+            peak = max(peak, total)
+    return peak
+
+
+def compare(engine: str, policy: Checkpointing, **size: int) -> Comparison:
+    """Plan and measurement of one small run on the ranks of this world. Collective."""
+    config = small_run(engine, policy, dist.get_world_size(), **size)
+    planned = plan_peak(config, dist.get_world_size(), policy, config.train.micro_batch_size, gpu=False)
+    return Comparison(planned, measure_peak(config, build_process_groups(1)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `plan.py check`: start the ranks, or be one of them; returns 0 if all differences are within 5 %."""
+    parser = argparse.ArgumentParser(prog="plan.py check", description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="world sizes")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    arguments = parser.parse_args(argv)
+    if "RANK" not in os.environ:
+        return max(_start_ranks(arguments, ranks) for ranks in arguments.ranks)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+    accepted = True
+    for engine in arguments.engines:
+        for policy in arguments.policies:
+            found = compare(engine, policy)
+            accepted &= abs(found.difference) <= ACCEPTED
+            if dist.get_rank() == 0:
+                print(
+                    f"{dist.get_world_size():5}  {engine:11}  {policy:9}  {found.planned / 2**20:9.2f}  "
+                    f"{found.measured / 2**20:9.2f}  {100 * found.difference:+6.1f} %",
+                    flush=True,
+                )
+    dist.destroy_process_group()
+    return 0 if accepted else 1
+
+
+def _start_ranks(arguments: argparse.Namespace, ranks: int) -> int:
+    if ranks == arguments.ranks[0]:
+        print("ranks  engine       policy     plan/MiB  measured  difference", flush=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += ["-m", "megacog.training.memory_check", "--engines", *arguments.engines]
+    command += ["--policies", *arguments.policies]
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "KINETO_LOG_LEVEL": "5"}
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    run(main)

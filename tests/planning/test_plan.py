@@ -1,0 +1,162 @@
+"""Plans of real configurations: counts, memory, what fits, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megacog.config.load import load_config
+from megacog.config.schema import Config
+from megacog.errors import ConfigError
+from megacog.planning.cluster import GIB, Assumptions, Cluster, Device, find_device
+from megacog.planning.main import main
+from megacog.planning.plan import Plan, plan
+from megacog.planning.require import require_memory
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+NINE = Path(__file__).parents[2] / "configs" / "cogvideo-9b.yaml"
+
+
+def cluster(gpus: int = 1, nodes: int = 1, memory: float = 141, name: str = "H200", **assumed: float) -> Cluster:
+    return Cluster(find_device(name, memory, "bf16"), gpus, nodes, Assumptions(**assumed))
+
+
+@pytest.fixture(scope="module")
+def nine() -> Config:
+    return load_config(NINE)
+
+
+def changed(config: Config, **train: Any) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})
+
+
+@pytest.fixture(scope="module")
+def on_one_h200(nine: Config) -> Plan:
+    return plan(changed(nine, global_batch_size=32, micro_batch_size=8), cluster())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_is_loaded_and_planned(path: Path) -> None:
+    config = load_config(path)
+    found = plan(config, Cluster(find_device("H100", 80, config.train.precision), 8, 1), (), suggest=False)
+    assert found.trained > 0 and found.world == 8
+    assert found.tokens_per_second and found.tokens_per_second > 0
+    assert found.fits, "as they are, on one node of the usual kind"
+
+
+def test_counts_of_the_9b_are_those_of_the_release(on_one_h200: Plan) -> None:
+    assert on_one_h200.trained == 1_818_820_608
+    assert on_one_h200.trained + on_one_h200.frozen == 7_721_127_936
+
+
+def test_memory_of_the_9b_is_what_was_counted_by_hand(on_one_h200: Plan) -> None:
+    """Per sample: 10.8 GiB without recomputation, 3.4 selective, 0.6 full; weights 14.4, masters and moments 20.3."""
+    per_sample = {name: found.activations / 8 / GIB for name, found in on_one_h200.policies.items()}
+    assert per_sample == pytest.approx({"none": 10.8, "selective": 3.4, "full": 0.6}, rel=0.1)
+    assert on_one_h200.state["weights"] / GIB == pytest.approx(14.4, rel=0.01)
+    assert (on_one_h200.state["masters"] + on_one_h200.state["moments"]) / GIB == pytest.approx(20.3, rel=0.01)
+    peaks = [on_one_h200.policies[policy].peak for policy in ("full", "selective", "none")]
+    assert peaks == sorted(peaks) and on_one_h200.peak == peaks[1], "the policy of the file is selective"
+
+
+def test_work_of_the_9b_is_what_was_counted_by_hand(on_one_h200: Plan) -> None:
+    """72.8 TFLOP per sample, and 119 ms on an H200 at the assumed rates without recomputation."""
+    assert on_one_h200.seconds and on_one_h200.model_tflops
+    per_sample = on_one_h200.model_tflops * on_one_h200.seconds / 32
+    assert per_sample == pytest.approx(72.8, rel=0.05)
+
+
+def test_the_largest_micro_batch_fits_and_the_next_one_does_not(nine: Config, on_one_h200: Plan) -> None:
+    largest = on_one_h200.policies["selective"].largest_micro_batch
+    fits = plan(changed(nine, global_batch_size=4 * largest, micro_batch_size=largest), cluster(), (), suggest=False)
+    larger = largest + 1
+    fails = plan(changed(nine, global_batch_size=4 * larger, micro_batch_size=larger), cluster(), (), suggest=False)
+    assert fits.fits and not fails.fits
+
+
+def test_what_is_suggested_fits(nine: Config) -> None:
+    too_much = changed(nine, activation_checkpointing="none", micro_batch_size=8, global_batch_size=416)
+    found = plan(too_much, cluster(gpus=8, memory=80, name="A100"))
+    assert not found.fits and found.suggestions
+    for suggestion in found.suggestions:
+        overrides = suggestion.split("  (")[0].split()
+        mended = load_config(NINE, ["train.activation_checkpointing=none", "train.micro_batch_size=8", *overrides])
+        assert plan(mended, cluster(gpus=8, memory=80, name="A100"), (), suggest=False).fits, suggestion
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_planners_numbers(nine: Config) -> None:
+    small = Cluster(Device("some GPU", 24), 1, 1)
+    with pytest.raises(ConfigError, match=r"(?s)needs \d+\.\d GiB per GPU.*may take 21\.4 GiB.*memory_check=false"):
+        require_memory(changed(nine, global_batch_size=4), small)
+    require_memory(changed(nine, global_batch_size=4, memory_check=False), small)
+
+
+def test_ranks_and_batches_that_do_not_divide_are_refused(nine: Config) -> None:
+    with pytest.raises(ConfigError, match="416 is not a multiple of .* 4 x 12 data-parallel ranks = 48"):
+        plan(nine, cluster(gpus=6, nodes=2))
+    tensor = nine.model_copy(update={"parallel": nine.parallel.model_copy(update={"tensor": 2})})
+    with pytest.raises(ConfigError, match="parallel.tensor = 2 does not divide the 13 ranks"):
+        plan(tensor, cluster(gpus=1, nodes=13))
+
+
+def test_more_nodes_wait_longer_for_gradients_but_no_work_changes(nine: Config) -> None:
+    one, many = (
+        plan(changed(nine, global_batch_size=4 * 8 * nodes), cluster(gpus=8, nodes=nodes), (), suggest=False)
+        for nodes in (1, 64)
+    )
+    assert one.parts and many.parts
+    assert one.parts["gemm"] == many.parts["gemm"]
+    assert one.parts["exposed"] < many.parts["exposed"]
+    assert one.parts["optimizer"] > many.parts["optimizer"], "shares of the optimizer are smaller"
+
+
+def test_the_command_prints_a_plan_and_says_75_when_it_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(CONFIGS[0]), "--gpus"]
+    assert main([*arguments, "8x80", "--device", "H100"]) == 0
+    text = capsys.readouterr().out
+    assert "fits: peak" in text and "predicted" in text and "this run" in text
+    assert main([*arguments, "1x0.5", "--device", "H100", "train.global_batch_size=52"]) == 75
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_the_command_prints_json_and_a_weak_scaling_table(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(CONFIGS[0]), "--gpus", "8x80"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["world"] == 8
+    assert main([*arguments, "--weak-scaling", "8,16,64"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["GPUs", "8", "16", "64"]
+    assert rows[1][-2:] == ["100.0", "%"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "assume", "message"),
+    [
+        ("8*80", None, [], "--gpus 8*80: expected GPUs per node x GiB of each"),
+        ("8x80", "H1000", [], "device 'H1000' is not known; --device takes H100"),
+        ("8x77", None, [], "a device of 77 GiB is not known"),
+        ("8x80", None, ["gem=1"], "--assume gem=1: expected one of attention_share"),
+        ("8x80", None, ["gemm_share=x"], "expected name=number"),
+    ],
+)
+def test_bad_arguments_are_told(gpus: str, device: str | None, assume: list[str], message: str) -> None:
+    options = [part for setting in assume for part in ("--assume", setting)]
+    options += ["--device", device] if device else []
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        main(["--config", str(CONFIGS[0]), "--gpus", gpus, *options])
+
+
+def test_a_cpu_has_memory_and_no_predicted_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(CONFIGS[-1]), "--gpus", "2x16", "--device", "cpu"]) == 0
+    assert "time: not predicted" in capsys.readouterr().out
+
+
+def test_a_ring_over_nodes_is_as_fast_as_the_network_of_a_node() -> None:
+    whole = cluster(gpus=8, nodes=4, link_share=1)
+    assert whole.ring_bandwidth(8) == 450e9
+    assert whole.ring_bandwidth(32) == 8 * 50e9
+    assert whole.ring_bandwidth(4, neighbors=8) == 50e9, "eight rings share the network cards"
