@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megacog.config.schema import Checkpointing, Config
 from megacog.errors import ConfigError
-from megacog.model.flops import tokens_per_sample, training_flops
+from megacog.model.flops import tokens_per_sample, training_work
 from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import TensorParallel
 from megacog.planning.cluster import GIB, Cluster
@@ -117,10 +117,13 @@ def data_parallel(config: Config, world: int) -> int:
     Raises:
         ConfigError: The world does not divide.
     """
-    tensor = config.parallel.tensor
-    if world % tensor:
-        raise ConfigError(f"parallel.tensor = {tensor} does not divide the {world} ranks of this run; start a multiple")
-    return world // tensor
+    tensor, sequence = config.parallel.tensor, config.parallel.sequence
+    if world % (tensor * sequence):
+        raise ConfigError(
+            f"parallel.tensor {tensor} x parallel.sequence {sequence} do not divide the {world} ranks of this run; "
+            "start a multiple"
+        )
+    return world // (tensor * sequence)
 
 
 def accumulation_steps(config: Config, data_size: int) -> int:
@@ -160,7 +163,7 @@ def plan(config: Config, cluster: Cluster, policies: Sequence[Checkpointing] = P
     time = _time(config, cluster, elements, accumulation, data_size)
     seconds = None if time is None else time.seconds
     samples = train.global_batch_size
-    work = training_flops(config.model, train.stage) * samples / cluster.world
+    work = training_work(config.model, train.stage).model * samples / cluster.world
     whole_trained = elements.trained * config.parallel.tensor
     masters = 0 if elements.weight_bytes == 4 else 1
     found = Plan(

@@ -17,12 +17,11 @@ from megacog.model.init import whole_shape
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups
-from megacog.parallel.tensor import TensorParallel
 from megacog.training.engine import Engine, build_engine
 from megacog.training.precision import DTYPES
 from megacog.training.pretrain import build_model
 
-SINGLE = ProcessGroups(TensorParallel(), 0, 1, None)
+SINGLE = ProcessGroups()
 """The place of a process that trains alone."""
 
 
