@@ -10,7 +10,6 @@ from run_ranks import ROOT, python_environment
 
 from megacog.config.schema import Checkpointing
 from megacog.parallel.groups import ProcessGroups
-from megacog.parallel.tensor import TensorParallel
 from megacog.planning.memory import Elements, State, engine_state
 from megacog.planning.plan import plan_peak
 from megacog.planning.trace import Pass
@@ -24,7 +23,7 @@ ELEMENTS = Elements(trained=T, frozen=F, largest=10_000, weight_bytes=2)
 def test_the_plan_is_within_5_percent_of_what_the_plain_engine_allocates(policy: Checkpointing) -> None:
     config = small_run("torch-bf16", policy, 1, layers=6)
     planned = plan_peak(config, 1, policy, config.train.micro_batch_size, gpu=False)
-    measured = measure_peak(config, ProcessGroups(TensorParallel(), 0, 1, None))
+    measured = measure_peak(config, ProcessGroups())
     assert planned == pytest.approx(measured, rel=ACCEPTED)
 
 
