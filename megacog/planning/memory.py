@@ -68,7 +68,7 @@ class State:
     in_forward: float = 0
     """Besides, while weights are gathered."""
     in_reduction: float = 0
-    """Besides, when gradients are averaged after the last backward pass."""
+    """Besides, when gradients are averaged after the last backward pass, or weights gathered before the first layer."""
     in_step: float = 0
     """Besides, while the optimizer steps."""
 
@@ -205,17 +205,20 @@ def _zero_3(elements: Elements, a: int, replicas: int, zero: dict[str, Any], gpu
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
     live = w * min(elements.trained + elements.frozen, int(zero.get("stage3_max_live_parameters", MAX_LIVE)))
     ahead = w * min(elements.trained + elements.frozen, int(zero.get("stage3_prefetch_bucket_size", PREFETCH)))
-    gathered = (live + ahead) if replicas > 1 else 0
+    if replicas == 1:
+        live = ahead = 0
+    at_once = elements.weights <= ahead  # all that is gathered comes before there are activations
     return State(
         weights=elements.weights / replicas,
         masters=FP32 * share,
         moments=ADAM_MOMENTS * share,
         accumulated=a * share,
-        buckets=w * bucket * (2 if replicas > 1 else 1),
-        in_forward=gathered,
-        in_backward=(live if replicas > 1 else 0),
+        buckets=w * bucket * (2 if replicas > 1 else 1) + ahead / replicas,  # this rank's part of what is gathered
+        in_forward=live if at_once else live + ahead,
+        in_backward=live,
         in_flush=w * min(bucket, T),
         flush_after=min(1, bucket / T),
+        in_reduction=live + ahead,
         in_step=FP32 * share + _adam(share, share, gpu),
     )
 
