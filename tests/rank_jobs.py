@@ -184,7 +184,7 @@ def policies(folder: Path, *zero_stages: str) -> dict[str, dict[str, list[Any]]]
 
 
 def building(folder: Path, *zero_stages: str) -> dict[str, dict[str, float]]:
-    """By ZeRO stage: MiB of weights, and of anonymous memory at most while the model, then while the engine is built."""
+    """By ZeRO stage: MiB of weights, and the most anonymous memory while the model, then while the engine is built."""
     groups = build_process_groups(1)
     small = small_config("deepspeed", 1, 1, 1, "bf16")
     mean_gradients(small, groups, 1)  # imports and buffers of DeepSpeed
