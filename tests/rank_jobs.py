@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +29,7 @@ from megacog.errors import CheckpointError
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
+from megacog.parallel.tensor import materialize
 from megacog.runtime.ranks import discover
 from megacog.runtime.signals import StopFlag
 from megacog.training import pretrain
@@ -38,6 +41,7 @@ from megacog.training.comparison import (
     run_step,
     small_batch,
     small_config,
+    small_engine,
 )  # fmt: skip
 from megacog.training.engine import Engine, build_engine
 from megacog.training.guard import NonFiniteError
@@ -172,6 +176,70 @@ def mean_gradients(config: Config, groups: ProcessGroups, accumulation: int) -> 
     return {name: engine.get_state(name)["exp_avg"] / (1 - train.betas[0]) for name in trained}
 
 
+def policies(folder: Path, *zero_stages: str) -> dict[str, dict[str, list[Any]]]:
+    """By ZeRO stage and activation policy: loss and gradient norm of three steps."""
+    groups = build_process_groups(1)
+    found: dict[str, dict[str, list[Any]]] = {}
+    for zero_stage in zero_stages:
+        found[zero_stage] = {}
+        for policy in ("none", "selective", "full"):
+            config = small_config("deepspeed", int(zero_stage), 1, 3)
+            engine = small_engine(config, groups)
+            engine.model.activation_checkpointing = policy  # type: ignore[assignment]
+            found[zero_stage][policy] = [run_step(engine, config, groups, step) for step in (1, 2, 3)]
+    return found
+
+
+def building(folder: Path, *zero_stages: str) -> dict[str, dict[str, float]]:
+    """By ZeRO stage: MiB of weights, and the most anonymous memory while the model, then while the engine is built."""
+    groups = build_process_groups(1)
+    small = small_config("deepspeed", 1, 1, 1, "bf16")
+    mean_gradients(small, groups, 1)  # imports and buffers of DeepSpeed
+    model = small.model.model_copy(update={"hidden_size": 1024, "num_layers": 6, "text_vocab_size": 30000})
+    found = {}
+    for zero_stage in zero_stages:
+        train = small.train.model_copy(update={"zero_stage": int(zero_stage)})
+        config = small.model_copy(update={"model": model, "train": train})
+        with PeakMemory() as memory:
+            with torch.device("meta"):
+                built = CogVideo(config.model, ("sequential",), groups.tensor)
+            materialize(built, "cpu", torch.bfloat16)
+            for parameter in built.parameters():
+                parameter.data.fill_(0.01)
+            weights = sum(parameter.nbytes for parameter in built.parameters()) / 2**20
+            built.trainable("sequential")
+            trained = sum(p.nbytes for p in built.parameters() if p.requires_grad) / 2**20
+            model_peak = memory.peak
+            engine = build_engine(config, built, groups, 1)
+        found[zero_stage] = {"weights": weights, "trained": trained, "model": model_peak, "engine": memory.peak}
+        del built, engine
+    return found
+
+
+class PeakMemory:
+    """The most anonymous memory of this process above that at the start, in MiB, looked at every few milliseconds."""
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        self.peak, self._start, self._stop = 0.0, self._now(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            self.peak = max(self.peak, self._now() - self._start)
+
+    @staticmethod
+    def _now() -> float:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
 def failing_save(folder: Path) -> dict[str, Any]:
     """What every rank is told when rank 1 has no space, and what is left of the checkpoint."""
     groups = build_process_groups(1)
@@ -257,6 +325,8 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "compare": compare_cases,
     "resume": resume,
+    "building": building,
+    "policies": policies,
     "sums": sums,
     "failing_save": failing_save,
     "pretrain_all": pretrain_all,

@@ -17,6 +17,7 @@ from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import ShardSpec, TensorParallel, copy_to_ranks, mark_sharded, sum_over_ranks
 from megacog_kernels.dispatch import Implementation
 from megacog_kernels.keep import kept
+from megacog_kernels.products import add_product, linear, multiply, product
 
 
 class _BlockProducts(torch.autograd.Function):
@@ -28,14 +29,14 @@ class _BlockProducts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.spans = spans
         ctx.save_for_backward(weight, *(x if ctx.needs_input_grad[0] else None for x in inputs))
-        return tuple(F.linear(x, weight[span], bias[span]) for x, span in zip(inputs, spans, strict=True))
+        return tuple(linear(x, weight[span], bias[span]) for x, span in zip(inputs, spans, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight, *inputs = ctx.saved_tensors
         of_weight, of_bias, _, *of_inputs = ctx.needs_input_grad
         pairs = zip(grads, ctx.spans, of_inputs, strict=True)
-        grad_inputs = [grad @ weight[span] if wanted else None for grad, span, wanted in pairs]
+        grad_inputs = [multiply(grad, weight[span]) if wanted else None for grad, span, wanted in pairs]
         grad_weight, grad_bias = None, None
         if of_weight:
             grad_weight = _sum_products(weight, ctx.spans, grads, inputs)
@@ -54,10 +55,10 @@ def _sum_products(
     for span, grad, x in zip(spans, grads, inputs, strict=True):
         columns, rows = grad.flatten(0, -2).T, x.flatten(0, -2)
         if span.start < written:
-            total[span].addmm_(columns, rows)
+            add_product(columns, rows, total[span])
             continue
         total[written : span.start] = 0
-        torch.mm(columns, rows, out=total[span])
+        product(columns, rows, out=total[span])
         written = span.stop
     total[written:] = 0
     return total
@@ -85,12 +86,10 @@ class ColumnParallelLinear(nn.Module):
         the features of those blocks.
         """
         copies = [copy_to_ranks(x, self.parallel) for x in inputs]
-        if ranges is None:
-            (x,) = copies
-            return F.linear(x, self.weight, self.bias)
         size = len(self.weight) // self.blocks
-        spans = [slice(first * size, end * size) for first, end in ranges]
-        return _BlockProducts.apply(self.weight, self.bias, spans, *copies)
+        spans = [slice(first * size, end * size) for first, end in ranges or [(0, self.blocks)]]
+        parts = _BlockProducts.apply(self.weight, self.bias, spans, *copies)
+        return parts if ranges else parts[0]
 
 
 class _SummedProduct(torch.autograd.Function):
@@ -108,8 +107,8 @@ class _SummedProduct(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         rows = grad.flatten(0, -2)
         return (
-            grad @ weight if of_x else None,
-            rows.T @ x.flatten(0, -2) if of_weight else None,
+            multiply(grad, weight) if of_x else None,
+            multiply(rows.T, x.flatten(0, -2)) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
             None,
         )
@@ -117,8 +116,8 @@ class _SummedProduct(torch.autograd.Function):
 
 def _summed_product(x: Tensor, weight: Tensor, bias: Tensor, parallel: TensorParallel) -> Tensor:
     if parallel.size == 1:
-        return F.linear(x, weight, bias)
-    out = F.linear(x, weight)
+        return linear(x, weight, bias)
+    out = linear(x, weight)
     dist.all_reduce(out, group=parallel.group)
     return out.add_(bias)
 

@@ -42,13 +42,14 @@ ON_FOUR = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4)]
 ON_EIGHT = [(8, 1), (1, 8), (4, 1), (1, 4)]
 COMPARED = compare_job(ON_TWO)
 SUMS = "sums:1,2,3"
+POLICIES = "policies:1,2,3"
 RESUMED = resume_job("torch-0-1-1-bf16", "deepspeed-3-1-1-bf16", "deepspeed-1-1-2-bf16", "deepspeed-2-2-1-fp32")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What two ranks found, by job."""
-    jobs = [COMPARED, SUMS, RESUMED]
+    jobs = [COMPARED, SUMS, POLICIES, RESUMED]
     folder = made_once(tmp_path_factory, "engines", lambda folder: run_jobs(jobs, 2, folder, timeout=480))
     return json.loads((folder / "result.json").read_text())
 
@@ -71,6 +72,27 @@ def test_fp32_sums_of_bf16_gradients_are_closer_to_the_truth_than_bf16_sums(two_
         for zero_stage, errors in result.items():
             assert errors["fp32"] < 0.75 * errors["bf16"], (zero_stage, errors)  # ranks exchange bf16 either way
             assert errors["bf16"] < 0.02, (zero_stage, errors)
+
+
+def test_activation_policies_train_alike_with_every_zero_stage(two_ranks: dict[str, list[Any]]) -> None:
+    for result in two_ranks[POLICIES]:
+        assert result.keys() == {"1", "2", "3"}
+        for zero_stage, found in result.items():
+            for policy in ("selective", "full"):
+                for one, other in zip(found["none"], found[policy], strict=True):
+                    assert other == pytest.approx(one, rel=1e-6), (zero_stage, policy)
+
+
+@pytest.mark.slow
+def test_building_never_holds_more_than_the_weights_and_what_is_trained(tmp_path: Path) -> None:
+    job = "building:1,3"
+    for result in run_jobs([job], 2, tmp_path)[job]:
+        for zero_stage, mib in result.items():
+            assert mib["weights"] > 200 and mib["weights"] > 4 * mib["trained"]
+            assert mib["model"] < 1.1 * mib["weights"], (zero_stage, mib)
+            # ZeRO 1: fp32 gradients (twice the trained bf16 weights) and half of the masters; ZeRO 3: half of both.
+            state = {"1": 3, "3": 2}[zero_stage] * mib["trained"]
+            assert mib["engine"] < 1.1 * mib["weights"] + state, (zero_stage, mib)
 
 
 @pytest.mark.slow

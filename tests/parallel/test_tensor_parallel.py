@@ -11,13 +11,14 @@ from forked_ranks import run_forked
 from small_model import batch, build_model, model_config
 from torch import Tensor
 
-from megacog.config.schema import Stage
+from megacog.config.schema import Checkpointing, Stage
 from megacog.model.layout import stage_layout
 from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import ShardSpec, TensorParallel
 
 CONFIG = model_config()
 STAGES: list[Stage] = ["base", "sequential", "interpolation"]
+POLICIES: dict[Stage, Checkpointing] = {"base": "selective", "sequential": "selective", "interpolation": "full"}
 
 
 def losses_and_gradients(parallel: TensorParallel) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def losses_and_gradients(parallel: TensorParallel) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage in STAGES:
         model = build_model(CONFIG, parallel=parallel)
+        model.activation_checkpointing = POLICIES[stage]
         model.trainable(stage)
         inputs = batch(CONFIG, stage_layout(CONFIG, stage).grid.frames)
         output = model(*inputs, stage)

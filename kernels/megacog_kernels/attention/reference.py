@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask, visible, visible_keys
+from megacog_kernels.products import through_fp32
 
 
 def video_attention(
@@ -176,6 +177,11 @@ def _attend(
 ) -> Tensor:
     """Masked attention; `allowed_BRK` is bool, or added to the scores."""
     mask = None if allowed_BRK is None else allowed_BRK[:, None]
+    if through_fp32(q_BRND):
+        added = mask if mask is None or mask.dtype == torch.bool else mask.float()
+        q, k, v = (part.float().transpose(1, 2) for part in (q_BRND, k_BKND, v_BKND))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
+        return out.transpose(1, 2).to(q_BRND.dtype)
     out_BNRD = F.scaled_dot_product_attention(
         q_BRND.transpose(1, 2), k_BKND.transpose(1, 2), v_BKND.transpose(1, 2), attn_mask=mask, scale=scale
     )

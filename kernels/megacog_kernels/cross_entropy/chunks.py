@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megacog_kernels.products import product
+
 ALIGNMENT = 64
 """Of the elements from one row of a buffer to the next: for wide loads, and for matrix products."""
 CHUNK_BYTES = 64 * 2**20
@@ -47,7 +49,7 @@ def _chunks(hidden_XC: Tensor, weight_VC: Tensor, rows: int) -> Iterator[tuple[s
     for first in range(0, X, rows):
         chunk = slice(first, min(first + rows, X))
         logits = buffer[: chunk.stop - first, :V]
-        torch.mm(hidden_XC[chunk], weight_VC.T, out=logits)
+        product(hidden_XC[chunk], weight_VC.T, out=logits)
         yield chunk, logits
 
 
@@ -82,7 +84,7 @@ def backward(
     for chunk, logits in _chunks(hidden_XC, weight_VC, rows):
         functions.differentiate(logits, targets_X[chunk], lse_X[chunk], grad_lse_X[chunk], grad_target_X[chunk])
         if grad_XC is not None:
-            torch.mm(logits, weight_VC, out=grad_XC[chunk])
+            product(logits, weight_VC, out=grad_XC[chunk])
         if sum_VC is not None:
             _add_product(sum_VC, logits.T, hidden_XC[chunk])
     return grad_XC, None if sum_VC is None else sum_VC.to(weight_VC.dtype)
