@@ -118,8 +118,9 @@ def directives(config: Config, kind: str, jobs: int = 1) -> dict[str, str | None
         "time": cluster.time,
         "output": f"{run_dir}/slurm/%x-{'%A' if kind == 'pretrain_array' else '%j'}.out",
     }
-    if training:
-        found["signal"] = f"USR1@{cluster.save_seconds}"
+    if kind != "infer":
+        # `B:` signals the script alone, else the ranks. Preparation has nothing to save: its script requeues the job.
+        found["signal"] = f"{'' if training else 'B:'}USR1@{cluster.save_seconds}"
     if kind == "pretrain_array":
         found["array"] = f"1-{jobs}%1"
     return found | dict(cluster.options)
