@@ -62,7 +62,7 @@ def main(templates: Path, argv: Sequence[str] | None = None) -> int:
         variables(config, kind, templates.resolve().parents[1], words),
     )
     check_syntax(script)
-    print(script, end="" if script.endswith("\n") else "\n", flush=True)
+    print(script, end="", flush=True)
     if options.dry_run:
         return 0
     folder = Path(config.train.run_dir) / "slurm"
@@ -101,7 +101,7 @@ def directives(config: Config, kind: str, jobs: int = 1) -> dict[str, str | None
         raise ConfigError(f"cluster.options holds what has a key of its own: {', '.join(taken)}")
     if kind == "pretrain_array" and jobs < 1:
         raise ConfigError(f"--jobs {jobs} must be 1 or more")
-    if not re.fullmatch(r"[A-Za-z0-9_./+~=@:-]+", config.train.run_dir):
+    if not re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./+~=@:-]*", config.train.run_dir):
         raise ConfigError(
             f"train.run_dir {config.train.run_dir!r} holds characters that the name of a job's output file cannot: "
             "use letters, digits and _./+~=@:-"
@@ -118,8 +118,9 @@ def directives(config: Config, kind: str, jobs: int = 1) -> dict[str, str | None
         "time": cluster.time,
         "output": f"{run_dir}/slurm/%x-{'%A' if kind == 'pretrain_array' else '%j'}.out",
     }
-    if training:
-        found["signal"] = f"USR1@{cluster.save_seconds}"
+    if kind != "infer":
+        # `B:` signals the script alone, else the ranks. Preparation has nothing to save: its script requeues the job.
+        found["signal"] = f"{'' if training else 'B:'}USR1@{cluster.save_seconds}"
     if kind == "pretrain_array":
         found["array"] = f"1-{jobs}%1"
     return found | dict(cluster.options)

@@ -84,7 +84,8 @@ def test_a_chain_is_an_array_that_runs_one_job_at_a_time(capsys: pytest.CaptureF
 def test_preparation_and_generation_take_the_words_of_their_programs(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["run", "a b.csv", "--out", "shards/x"]
     script = shown(capsys, "cluster.gpus_per_node=0", "--kind", "prepare", "--", *words)
-    assert "arguments=(run 'a b.csv' --out shards/x)" in script and "#SBATCH --nodes=13" in script
+    assert "arguments=(run 'a b.csv' --out shards/x)" in script
+    assert {"#SBATCH --nodes=13", "#SBATCH --signal=B:USR1@300"} <= set(script)
     script = shown(capsys, "--kind", "infer", "--", "prompts.txt", "guidance=2")
     assert {"#SBATCH --nodes=1", "#SBATCH --gpus-per-node=1", "arguments=(prompts.txt guidance=2)"} <= set(script)
     assert "needs the words of launch/infer.py" in refusal(*CLUSTER, "--kind", "infer")
