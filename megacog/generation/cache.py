@@ -147,7 +147,7 @@ class Decoder:
     Args:
         model: In eval mode; weights of any dtype.
         stage: Layout and attention-plus; `base` has one frame.
-        text_BL: int64 text pieces, padded on the left.
+        text_BL: int64 text pieces, padded on the left; on any device.
         text_valid_BL: bool, False on padding.
         plus: False runs the base channel only.
         text_bias: Added to the scores of frame rows and text keys, in both channels.
@@ -173,17 +173,17 @@ class Decoder:
         self.layout = stage_layout(model.config, stage)
         self.plus = model.plus_of(stage)
         self.plus_layers = list(self.plus.layers) if self.plus is not None and plus else [None] * len(model.layers)
-        self.valid_BL = text_valid_BL
-        grid, device = self.layout.grid, text_BL.device
-        lane_T = torch.tensor(lane if lane is not None else [0] * grid.frames, device=device)
+        grid, device = self.layout.grid, model.device
+        self.valid_BL = text_valid_BL.to(device)
+        lane = lane if lane is not None else [0] * grid.frames
+        lanes = VideoGrid(max(lane) + 1, grid.height, grid.width)
         cell_F = torch.arange(grid.tokens, device=device) % grid.cells
-        self.lane_slot_F = lane_T.repeat_interleave(grid.cells) * grid.cells + cell_F
+        self.lane_slot_F = torch.tensor(lane, device=device).repeat_interleave(grid.cells) * grid.cells + cell_F
         self.is_first_F1 = (cell_F == 0)[:, None]
         self.boi_11C = model.embed_boi(1)
         no_input_1PC = torch.zeros(1, grid.cells, self.boi_11C.shape[2], dtype=self.boi_11C.dtype, device=device)
         places = [model.embed_frame(no_input_1PC, frame, slice(None), self.plus) for frame in range(grid.frames)]
         self.position_FC = torch.cat(places, dim=1)[0]
-        lanes = VideoGrid(int(lane_T.max()) + 1, grid.height, grid.width)
         self.base: list[_Base] = []
         self.plus_channels: list[_Plus | None] = []
         texts = (reader or Reader(model)).states(stage, text_BL, text_valid_BL, plus)

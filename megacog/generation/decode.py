@@ -48,7 +48,7 @@ class Sampler:
         steps: Which codes come in which step.
         codes_BF: int64, filled in place; cells that are not known yet hold any code.
         uniform_BF: fp64 random number of every code.
-        guidance: Scale, if the decoder holds null rows; None without.
+        guidance: Scale; the decoder holds null rows unless it is 1.
         choose: Draws codes from logits.
     """
 
@@ -58,25 +58,25 @@ class Sampler:
         steps: Schedule,
         codes_BF: Tensor,
         uniform_BF: Tensor,
-        guidance: float | None,
+        guidance: float,
         choose: Choose,
     ) -> None:
         self.decoder, self.codes_BF, self.uniform_BF = decoder, codes_BF, uniform_BF
-        self.guidance, self.choose = guidance, choose
+        self.guided, self.guidance, self.choose = guidance != 1.0, guidance, choose
         tokens = [[*step.tokens, *[0] * (steps.width - len(step.tokens))] for step in steps.steps]
         self.token_SW = torch.tensor(tokens, dtype=torch.int64, device=codes_BF.device)
         self.next_1 = torch.zeros(1, dtype=torch.int64, device=codes_BF.device)
 
     def both_streams(self, codes_BX: Tensor) -> Tensor:
         """Codes of clips as codes of the cache's rows."""
-        return codes_BX if self.guidance is None else torch.cat([codes_BX, codes_BX])
+        return torch.cat([codes_BX, codes_BX]) if self.guided else codes_BX
 
     def step(self, width: int) -> None:
         """The next step, which samples `width` codes of every clip."""
         token_W = self.token_SW.index_select(0, self.next_1)[0, :width]
         previous_BW = self.codes_BF[:, (token_W - 1).clamp_min(0)]
         logits_RWV = self.decoder.step(token_W, self.both_streams(previous_BW))
-        if self.guidance is not None:
+        if self.guided:
             logits_RWV = guide(*logits_RWV.chunk(2), self.guidance)
         codes = self.choose(logits_RWV.flatten(0, 1), self.uniform_BF[:, token_W].flatten())
         self.codes_BF.index_copy_(1, token_W, codes.view(-1, width))
@@ -146,10 +146,9 @@ def generate_frames(
         codes_BTP[:, frame] = codes_BP.to(device)
 
     with _sampling_mode(model):
-        text = (text_RL.to(device), valid_RL.to(device))
-        decoder = Decoder(model, stage, *text, plus=plus, text_bias=text_bias, lane=steps.lane, reader=reader)
+        decoder = Decoder(model, stage, text_RL, valid_RL, plus, text_bias, steps.lane, reader)
         uniform_BF = uniform_BTP.flatten(1).to(device)
-        sampler = Sampler(decoder, steps, codes_BTP.view(num_clips, -1), uniform_BF, guidance if guided else None, choose)
+        sampler = Sampler(decoder, steps, codes_BTP.view(num_clips, -1), uniform_BF, guidance, choose)
         run = Replayed(sampler.step) if cuda_graphs and can_capture(model) else sampler.step
         for step in steps.steps:
             if step.give:

@@ -37,7 +37,7 @@ class Reader:
 
         Args:
             stage: Whose attention-plus looks at the text.
-            text_BL: int64 pieces, padded on the left; equal rows are read once.
+            text_BL: int64 pieces, padded on the left, on any device; equal rows are read once.
             valid_BL: bool, False on padding.
             plus: False leaves the attention-plus channel out.
         """
@@ -47,7 +47,8 @@ class Reader:
         missing = [key for key in wanted if key not in self._read]
         if missing:
             rows_U = [keys_B.index(key) for key in missing]
-            self._read.update(zip(missing, self._run(stage, text_BL[rows_U], valid_BL[rows_U], plus), strict=True))
+            text_UL, valid_UL = (rows_BL[rows_U].to(self.model.device) for rows_BL in (text_BL, valid_BL))
+            self._read.update(zip(missing, self._run(stage, text_UL, valid_UL, plus), strict=True))
         for key in wanted:
             self._read[key] = self._read.pop(key)
         rows_B = [self._read[key] for key in keys_B]

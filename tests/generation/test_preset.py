@@ -198,7 +198,8 @@ def test_the_cache_favors_text_as_a_whole_forward_with_a_bias_does(
         cells = model.config.cells
         tokens = [frame * cells + cell for frame in range(frames) if frame not in given for cell in range(cells)]
         before = [codes.flatten(1)[:, max(token - 1, 0), None] for token in tokens]
-        return torch.cat([decoder.step(torch.tensor([at]), code) for at, code in zip(tokens, before, strict=True)], dim=1)
+        steps = [decoder.step(torch.tensor([token]), code) for token, code in zip(tokens, before, strict=True)]
+        return torch.cat(steps, dim=1)
 
     favored, plain = replayed(1.4), replayed(0.0)
     L, P, V = model.config.text_length, model.config.cells, model.config.image_vocab_size

@@ -10,20 +10,18 @@ import pytest
 import torch
 from small_model import batch, build_model, model_config
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from megacog.config.schema import ModelConfig
 from megacog.generation import cache, decode
-from megacog.generation.cache import Decoder, stage_masks
 from megacog.generation.clusters import Clusters
 from megacog.generation.decode import Sampler, generate_frames
 from megacog.generation.replay import Replayed, can_capture
 from megacog.generation.sampling import row_generator, sample_clusters, sample_codes
-from megacog.generation.schedule import schedule
-from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
+from megacog_kernels import dispatch
 from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask
 
 SAMPLERS: dict[str, Any] = {
@@ -32,21 +30,10 @@ SAMPLERS: dict[str, Any] = {
 }
 
 
-def small_model(kernels: Any = "triton") -> CogVideo:
-    """Two heads of width 16, as the kernels want them, which are interpreted here."""
+def small_config(**changes: Any) -> ModelConfig:
+    """Two heads of width 16, as the kernels want them."""
     windows = {"kind": "shifted_window", "window": (2, 2)}
-    config = model_config(grid=(2, 4), num_heads=2, attention={"interpolation": windows})
-    return build_model(config, kernels=kernels).eval()
-
-
-def sampler_of(model: CogVideo, choose: Any) -> Sampler:
-    """Guided, one clip, at its first step."""
-    layout = stage_layout(model.config, "interpolation")
-    steps = schedule(stage_masks(model, "interpolation"), layout.grid, frozenset({0, 2, 4}))
-    text, valid, codes = batch(model.config, 5)
-    decoder = Decoder(model, "interpolation", text, valid, lane=steps.lane)
-    uniform_BF = torch.rand(1, layout.grid.tokens, dtype=torch.float64)
-    return Sampler(decoder, steps, codes[:1].flatten(1).clone(), uniform_BF, 3.0, choose)
+    return model_config(grid=(2, 4), num_heads=2, attention={"interpolation": windows}, **changes)
 
 
 class Tape(TorchDispatchMode):
@@ -65,7 +52,8 @@ class Tape(TorchDispatchMode):
         """Run them again: on their own results where one made the arguments, else on the tensors of the recording."""
         made: dict[int, Any] = {}
         for func, args, kwargs, recorded in self.operators:
-            args, kwargs = tree_map(lambda leaf: made.get(id(leaf), leaf), (args, kwargs))
+            leaves, shape = tree_flatten((args, kwargs))
+            args, kwargs = tree_unflatten([made.get(id(leaf), leaf) for leaf in leaves], shape)
             out = func(*args, **kwargs)
             made |= zip(map(id, tree_leaves(recorded)), tree_leaves(out), strict=True)
 
@@ -83,7 +71,7 @@ def attention_on_device(
     q_BRND: Tensor, k_BSND: Tensor, v_BSND: Tensor, valid_BL: Tensor, tokens_BR: Tensor, mask: MaskSpec,
     grid: VideoGrid, text_bias: float, implementation: str,
 ) -> Tensor:  # fmt: skip
-    """What the kernels of `decode_attention` compute, which are slow to interpret; the plain one looks at the tokens."""
+    """What the kernels of `decode_attention` compute, which are slow to interpret; plain torch looks at tokens."""
     assert text_bias == 0.0
     frames_BRF = torch.from_numpy(dense_mask(mask, grid).copy())[tokens_BR.long()]
     text_BRL = valid_BL[:, None].expand(-1, q_BRND.shape[1], -1)
@@ -93,7 +81,7 @@ def attention_on_device(
 
 
 def test_recorded_steps_sample_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model("reference")
+    model = build_model(small_config()).eval()
     text, valid, codes = batch(model.config, 5, size=1)
     known = {frame: codes[:, frame] for frame in (0, 2, 4)}
     widths: list[int] = []
@@ -120,17 +108,49 @@ def test_recorded_steps_sample_the_same_codes(monkeypatch: pytest.MonkeyPatch) -
     assert len(eager[:, [1, 3]].unique()) > 3
 
 
+class StaysOnDevice(TorchDispatchMode):
+    """Refuses what moves values between devices, which a capture cannot."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)}
+        assert devices <= {"meta"}, f"{func} has tensors on {devices}"
+        return out
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_step_reads_nothing_on_the_host(sampler: str) -> None:
-    made = sampler_of(small_model(), SAMPLERS[sampler])
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        made.step(1)
-        made.step(2)
-        with pytest.raises(DataDependentOutputException):  # what a step that looks at a code would do
-            made.choose = lambda logits, uniform: torch.full_like(uniform, logits.argmax().item(), dtype=torch.int64)
-            made.step(1)
+def test_a_step_reads_nothing_on_the_host_and_gets_nothing_from_it(
+    sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, whose tensors have no values: reading one is an error, as is computing on two devices."""
+    monkeypatch.setattr(dispatch, "_choose", lambda *_: ("triton", "as on a GPU"))
+    with torch.device("meta"):
+        model = CogVideo(small_config(num_layers=1), ("interpolation",)).bfloat16()
+    text, valid, codes = batch(model.config, 5)
+    choose, step = SAMPLERS[sampler], Sampler.step
+    if sampler == "clusters":
+        choose = partial(choose, clusters=choose.keywords["clusters"].to("meta"))
+    widths: list[int] = []
+
+    def watched(self: Sampler, width: int) -> None:
+        widths.append(width)
+        with StaysOnDevice():
+            step(self, width)
+
+    def made() -> Tensor:
+        return generate_frames(
+            model, "interpolation", text, valid, (text[:1], valid[:1]), {f: codes[:, f] for f in (0, 2, 4)},
+            guidance=3.0, choose=choose, generators=[row_generator("row", row) for row in range(2)],
+        )  # fmt: skip
+
+    monkeypatch.setattr(Sampler, "step", watched)
+    assert made().is_meta and {1, 2} == set(widths)
+    plain = choose
+    for wrong in (lambda logits, at: plain(logits, at) + at.sum().item(), lambda logits, at: plain(logits, at.cpu())):
+        choose = wrong
+        with pytest.raises((RuntimeError, NotImplementedError, AssertionError), match="meta"):
+            made()
 
 
 def test_only_kernels_that_read_positions_on_a_gpu_are_captured() -> None:
-    assert not can_capture(small_model())
-    assert not can_capture(small_model("reference"))
+    assert not can_capture(build_model(small_config(), kernels="triton"))

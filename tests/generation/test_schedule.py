@@ -82,7 +82,7 @@ def test_the_steps_are_those_that_a_search_over_the_masks_finds(
 
 
 def assert_given_in_time(all_masks: tuple[MaskSpec, ...], grid: VideoGrid, known: set[int]) -> None:
-    """When a row is fed, whether sampled or given, everything that it sees is in the caches, and nothing comes twice."""
+    """When a row is fed, sampled or given, everything that it sees is in the caches, and nothing comes twice."""
     seen_FF = np.logical_or.reduce([dense_mask(mask, grid) for mask in all_masks])
     there = np.zeros(grid.tokens, dtype=bool)
     order = all_masks[0].order

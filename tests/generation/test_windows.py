@@ -38,7 +38,9 @@ def model_with(space: dict[str, Any]) -> CogVideo:
     return build_model(config).eval()
 
 
-def both_ways(model: CogVideo, stage: Stage, guidance: float, sampler: str, plus: bool = True) -> tuple[Tensor, Tensor, int]:
+def both_ways(
+    model: CogVideo, stage: Stage, guidance: float, sampler: str, plus: bool = True
+) -> tuple[Tensor, Tensor, int]:
     """Codes in as few steps as can be, codes one at a time, and how many steps the first ones took."""
     layout = stage_layout(model.config, stage)
     text, valid, codes = batch(model.config, 5, size=3)

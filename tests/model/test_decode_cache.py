@@ -37,4 +37,5 @@ def test_stepping_through_a_clip_gives_the_training_logits(stage: Stage, space: 
         for cell in range(layout.grid.cells):
             token = torch.tensor([frame * layout.grid.cells + cell])
             previous = codes.flatten(1)[:, (token - 1).clamp_min(0)]
-            torch.testing.assert_close(decoder.step(token, previous)[:, 0], expected[:, frame, cell], rtol=1e-4, atol=1e-4)
+            step = decoder.step(token, previous)[:, 0]
+            torch.testing.assert_close(step, expected[:, frame, cell], rtol=1e-4, atol=1e-4)
