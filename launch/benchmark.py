@@ -13,6 +13,7 @@ BENCHMARKS = {
     "tiles": ROOT / "kernels/benchmarks/sweep.py",
     "cross_entropy": ROOT / "kernels/benchmarks/cross_entropy.py",
     "import": ROOT / "megacog/interop/benchmark.py",
+    "generate": ROOT / "megacog/generation/benchmark.py",
 }
 
 

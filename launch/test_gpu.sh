@@ -5,7 +5,8 @@
 #
 #   OUT   folder for logs and json files
 #   PART  tests (pytest tests/kernels, compiled), sanitizer (compute-sanitizer on small shapes), kernels, fused,
-#         cross_entropy, tiles (benchmarks); default: all but tiles. A part that fails does not stop the others.
+#         cross_entropy, generate, tiles (benchmarks); default: all but tiles. A part that fails does not stop the
+#         others.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,7 +16,7 @@ esac
 out="$1"
 shift
 parts=("$@")
-[ "${#parts[@]}" -gt 0 ] || parts=(tests sanitizer kernels fused cross_entropy)
+[ "${#parts[@]}" -gt 0 ] || parts=(tests sanitizer kernels fused cross_entropy generate)
 
 source launch/environment.sh
 export PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:-}"
@@ -30,11 +31,11 @@ report=""
 failed=0
 for part in "${parts[@]}"; do
     case "$part" in
-        tests) command=(python -m pytest -q -m "not slow" --durations=5 tests/kernels) ;;
+        tests) command=(python -m pytest -q -m "not slow" --durations=5 tests/kernels tests/generation/test_replay.py) ;;
         sanitizer) # plain allocations, so that each tensor has bounds of its own
             command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9
                 --target-processes all python -m pytest -q -x "${small[@]}") ;;
-        kernels | fused | cross_entropy | tiles)
+        kernels | fused | cross_entropy | generate | tiles)
             command=(python launch/benchmark.py "$part" --json "$out/$part.json") ;;
         *) echo "error: unknown part $part; see launch/test_gpu.sh --help" >&2; exit 2 ;;
     esac

@@ -77,7 +77,8 @@ class Sampler:
         previous_BW = self.codes_BF[:, (token_W - 1).clamp_min(0)]
         logits_RWV = self.decoder.step(token_W, self.both_streams(previous_BW))
         if self.guided:
-            logits_RWV = guide(*logits_RWV.chunk(2), self.guidance)
+            conditional_BWV, null_BWV = logits_RWV.chunk(2)
+            logits_RWV = guide(conditional_BWV, null_BWV, self.guidance)
         codes = self.choose(logits_RWV.flatten(0, 1), self.uniform_BF[:, token_W].flatten())
         self.codes_BF.index_copy_(1, token_W, codes.view(-1, width))
         self.next_1 += 1

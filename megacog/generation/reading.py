@@ -8,17 +8,27 @@ Legend: B rows of a batch, U texts that are read together, L text length, N head
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megacog.config.schema import Stage
-from megacog.model.transformer import CogVideo, KeyValue, TextStates
+from megacog.model.attention import KeyValue
+from megacog.model.transformer import CogVideo
 
 _Key = tuple[Stage, bool, tuple[int, ...], tuple[bool, ...]]
 
 KEPT = 16
 """Texts that stay in memory between batches: 64 tokens of the 9B model in bf16 take 75 MB. A clip has at most 9."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer's frame rows see of texts: keys and values [B, L, N, D] of each channel."""
+
+    base: KeyValue
+    plus: KeyValue | None
 
 
 class Reader:
@@ -29,11 +39,11 @@ class Reader:
 
     def __init__(self, model: CogVideo) -> None:
         self.model = model
-        self._read: dict[_Key, list[TextStates]] = {}
+        self._read: dict[_Key, list[Seen]] = {}
         """By layer, [1, L, N, D] each; the texts that were used last stand last."""
 
-    def states(self, stage: Stage, text_BL: Tensor, valid_BL: Tensor, plus: bool) -> Iterator[TextStates]:
-        """What frame rows see of the texts, layer by layer: keys and values [B, L, N, D].
+    def states(self, stage: Stage, text_BL: Tensor, valid_BL: Tensor, plus: bool) -> Iterator[Seen]:
+        """What frame rows see of the texts, layer by layer.
 
         Args:
             stage: Whose attention-plus looks at the text.
@@ -55,22 +65,22 @@ class Reader:
         for key in list(self._read)[: -max(KEPT, len(wanted))]:
             del self._read[key]
         for states_B in zip(*rows_B, strict=True):
-            seen = [states.plus for states in states_B if states.plus is not None]
-            yield TextStates(_join([states.base for states in states_B]), _join(seen) if seen else None)
+            plus_seen = [states.plus for states in states_B if states.plus is not None]
+            yield Seen(_join([states.base for states in states_B]), _join(plus_seen) if plus_seen else None)
 
     @torch.no_grad()
-    def _run(self, stage: Stage, text_UL: Tensor, valid_UL: Tensor, plus: bool) -> list[list[TextStates]]:
+    def _run(self, stage: Stage, text_UL: Tensor, valid_UL: Tensor, plus: bool) -> list[list[Seen]]:
         """The states of every text, by layer."""
         model = self.model
         attention_plus = model.plus_of(stage) if plus else None
-        texts: list[list[TextStates]] = [[] for _ in text_UL]
+        texts: list[list[Seen]] = [[] for _ in text_UL]
         rows_ULC = model.embed_text(text_UL, valid_UL)
         for index, layer in enumerate(model.layers):
             plus_layer = attention_plus.layers[index] if attention_plus is not None else None
-            rows_ULC, states = layer.text_rows(rows_ULC, valid_UL, plus_layer)
+            rows_ULC, states = layer.text_rows(rows_ULC, valid_UL)
+            plus_seen = plus_layer.text_states(states.normed_BLC) if plus_layer is not None else None
             for row, text in enumerate(texts):
-                kept = None if states.plus is None else _row(states.plus, row)
-                text.append(TextStates(_row(states.base, row), kept))
+                text.append(Seen(_row(states.base, row), _row(plus_seen, row) if plus_seen is not None else None))
         return texts
 
 

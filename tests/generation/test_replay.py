@@ -152,5 +152,25 @@ def test_a_step_reads_nothing_on_the_host_and_gets_nothing_from_it(
             made()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_cuda_graphs_sample_the_same_codes(sampler: str) -> None:
+    model = build_model(small_config()).eval().to("cuda")
+    text, valid, codes = batch(model.config, 5)
+    choose = SAMPLERS[sampler]
+    if sampler == "clusters":
+        choose = partial(choose, clusters=choose.keywords["clusters"].to("cuda"))
+    assert can_capture(model)
+    graphs, python = (
+        generate_frames(
+            model, "interpolation", text, valid, (text[:1], valid[:1]), {f: codes[:, f] for f in (0, 2, 4)},
+            guidance=3.0, choose=choose, generators=[row_generator("row", row) for row in range(2)],
+            cuda_graphs=cuda_graphs,
+        )
+        for cuda_graphs in (True, False)
+    )  # fmt: skip
+    assert torch.equal(graphs, python) and len(graphs[:, [1, 3]].unique()) > 3
+
+
 def test_only_kernels_that_read_positions_on_a_gpu_are_captured() -> None:
     assert not can_capture(build_model(small_config(), kernels="triton"))
