@@ -3,7 +3,7 @@
     python launch/benchmark.py generate [--config FILE] [--json FILE] [key=value ...]
 
 On a GPU the model is that of configs/cogvideo-9b.yaml in bf16, and the goals stand at the end; on a CPU it is the
-demo's in fp32, with frames of 20 x 20 codes. A token is a row of the model in a step: guided clips take two. Bytes are
+demo's in fp32, with frames of 12 x 12 codes. A token is a row of the model in a step: guided clips take two. Bytes are
 those that a step must read at least, weights once and every key and value that a row sees; "of copy" is their rate over
 that of a copy in the same run. Text and frame tokenizers are small and random, so their time is not that of real ones.
 """
@@ -46,8 +46,8 @@ _ON_GPU: tuple[str, list[str]] = ("cogvideo-9b.yaml", [])
 _ON_CPU: tuple[str, list[str]] = (
     "digits.yaml",
     [
-        "model.grid=[20, 20]", "model.attention.sequential={kind: full}",
-        "model.attention.interpolation={kind: shifted_window, window: [10, 10]}",
+        "model.grid=[12, 12]", "model.attention.sequential={kind: full}",
+        "model.attention.interpolation={kind: shifted_window, window: [6, 6]}",
     ],
 )  # fmt: skip
 _GUIDANCE = 3.0

@@ -86,3 +86,12 @@ def test_every_complete_frame_is_reported_once() -> None:
         generators=[row_generator("row", row) for row in range(2)], on_frame=reported.append,
     )  # fmt: skip
     assert reported == [2, 2, 2, 2]
+
+
+def test_the_steps_heed_the_masks_of_both_channels_and_all_layers() -> None:
+    model = model_with(WINDOW)
+    layout = stage_layout(model.config, "interpolation")
+    shifts = {mask.space.shift for mask in stage_masks(model, "interpolation") if mask.space.kind == "shifted_window"}
+    assert shifts == {(0, 0), (1, 1)} and len(stage_masks(model, "interpolation")) == 3
+    assert stage_masks(model, "interpolation", plus=False) == (layout.base_mask,)
+    assert stage_masks(model, "base") == (stage_layout(model.config, "base").base_mask,)
