@@ -14,6 +14,7 @@ BENCHMARKS = {
     "cross_entropy": ROOT / "kernels/benchmarks/cross_entropy.py",
     "train": ROOT / "megacog/training/benchmark.py",
     "import": ROOT / "megacog/interop/benchmark.py",
+    "generate": ROOT / "megacog/generation/benchmark.py",
 }
 
 

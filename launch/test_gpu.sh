@@ -5,9 +5,9 @@
 #
 #   OUT   folder for logs and json files
 #   PART  tests (pytest tests/kernels, compiled), sanitizer (compute-sanitizer on small shapes), kernels, fused,
-#         cross_entropy, tiles (benchmarks), doctor, train (benchmark of the 9B model), predict and memorize (proofs with
-#         the 9B model), digits (trains and judges 144M parameters; after `launch/digits_gpu.sh data`). Default: tests,
-#         sanitizer, kernels, fused, cross_entropy. Each takes less than ten minutes; one that fails stops no other.
+#         cross_entropy, generate, tiles (benchmarks), doctor, train (benchmark of the 9B model), predict and memorize (proofs
+#         with the 9B model), digits (trains and judges 144M parameters; after `launch/digits_gpu.sh data`). Default: tests,
+#         sanitizer, kernels, fused, cross_entropy, generate. Each takes less than ten minutes; one that fails stops no other.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,7 +17,7 @@ esac
 out="$1"
 shift
 parts=("$@")
-[ "${#parts[@]}" -gt 0 ] || parts=(tests sanitizer kernels fused cross_entropy)
+[ "${#parts[@]}" -gt 0 ] || parts=(tests sanitizer kernels fused cross_entropy generate)
 
 source launch/environment.sh
 export PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:-}"
@@ -33,11 +33,11 @@ report=""
 failed=0
 for part in "${parts[@]}"; do
     case "$part" in
-        tests) command=(python -m pytest -q -m "not slow" --durations=5 tests/kernels) ;;
+        tests) command=(python -m pytest -q -m "not slow" --durations=5 tests/kernels tests/generation/test_replay.py) ;;
         sanitizer) # plain allocations, so that each tensor has bounds of its own
             command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9
                 --target-processes all python -m pytest -q -x "${small[@]}") ;;
-        kernels | fused | cross_entropy | tiles)
+        kernels | fused | cross_entropy | generate | tiles)
             command=(python launch/benchmark.py "$part" --json "$out/$part.json") ;;
         doctor) command=(python launch/doctor.py --folder "$out") ;;
         train) command=(python launch/benchmark.py train --json "$out/train.json") ;;

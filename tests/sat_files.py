@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megacog.config.schema import ModelConfig, PlusStage, Stage
+from megacog.interop import main as convert
 
 STAGES: dict[PlusStage, int] = {"sequential": 1, "interpolation": 2}
 
@@ -145,3 +146,16 @@ def old_name(key: str) -> str:
     """A key as files from before SwissArmyTransformer 0.1 have it."""
     key = key.replace("mixins.extra_position_embedding.", "mixins.0.").replace("mixins.attention_plus.", "mixins.1.")
     return key.removeprefix("transformer.") if "word_embeddings" in key else key
+
+
+def convert_command(command: str, *arguments: object) -> int:
+    """The exit code of convert.py."""
+    return convert.main([command, *map(str, arguments)])
+
+
+def write_config(folder: Path, model: ModelConfig) -> Path:
+    train = {"stage": "base", "run_dir": "run", "steps": 7, "global_batch_size": 1, "micro_batch_size": 1}
+    sections = {"model": model.model_dump(mode="json"), "tokenizer": {"text": "t", "frames": "f"}, "train": train}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(json.dumps(sections))
+    return folder / "config.yaml"

@@ -92,6 +92,8 @@ class GenerationConfig(Section):
     """Clips (or interpolation blocks) generated at once."""
     kernels: Kernels = "auto"
     """Attention, norms and gates: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
+    cuda_graphs: bool = True
+    """On GPUs, replay sampling steps from CUDA graphs; false launches every kernel from Python."""
     overlap: int = Field(default=1, ge=1, le=4)
     """Key frames that the next pass of a long clip is given."""
     seed: int = 1234

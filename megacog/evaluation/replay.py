@@ -50,11 +50,10 @@ def replayed_logits(
     given = {frame: codes_RTP[:, frame] for frame in range(layout.grid.frames) if frame not in stepped}
     if given:
         decoder.give(given)
-    frames = []
-    for frame in stepped:
-        previous = [None, *codes_RTP[:, frame, :-1].unbind(1)]
-        frames.append(torch.stack([decoder.step(frame, cell, code) for cell, code in enumerate(previous)], dim=1))
-    return torch.stack(frames, dim=1)
+    codes_RF = codes_RTP.flatten(1)
+    tokens = [frame * layout.grid.cells + cell for frame in stepped for cell in range(layout.grid.cells)]
+    steps = [decoder.step(torch.tensor([token]), codes_RF[:, max(token - 1, 0), None]) for token in tokens]
+    return torch.cat(steps, dim=1).unflatten(1, (len(stepped), layout.grid.cells))
 
 
 def compare(

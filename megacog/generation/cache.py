@@ -1,11 +1,11 @@
-"""Key/value caches: frames given whole, then codes one at a time.
+"""Key/value caches: frames given whole, then codes, one or a few at a time.
 
 Keys and values of both channels stand in static buffers, one slot per frame token after those of the
 text. Attention of a new row reads the slots that the mask rule names (`decode_attention`), so any order
-table and space works, and nothing here knows a stage's name. Nothing depends on a position on the host.
+table and space works, and nothing here knows a stage's name. Where new rows stand is known on the device only.
 
-Legend: B batch, L text length, P cells of a frame, F frame tokens, S slots (L + frame slots), R new rows,
-N heads of this rank, D head dim, C width, V image codes.
+Legend: B batch, L text length, P cells of a frame, F frame tokens, S slots (L + frame slots), R new rows of each
+sample, N heads of this rank, D head dim, C width, V image codes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megacog.config.schema import Stage
+from megacog.generation.reading import Reader
 from megacog.model.attention import Attend, KeyValue
 from megacog.model.layer import attend_all
 from megacog.model.layout import stage_layout
@@ -27,36 +28,36 @@ from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a new row stands among a channel's frame slots, on the device."""
+    """Where new rows stand among a channel's frame slots, on the device."""
 
-    slot_1: Tensor
-    """int64 [1]."""
-    token_B1: Tensor
-    """int32 [B, 1]: the same for `decode_attention`."""
+    slot_R: Tensor
+    """int64."""
+    token_BR: Tensor
+    """int32: the same for `decode_attention`."""
 
 
 class _Base:
-    """The base channel of one layer: text, then slots of the one frame that is being sampled.
+    """The base channel of one layer: text, then a lane of slots for each frame that is being sampled.
 
-    Nobody else sees the rows of a frame here, so no other frame is kept.
+    Nobody else sees the rows of a frame here, so no other frame is kept, and a complete one leaves its lane to another.
     """
 
-    def __init__(self, text: KeyValue, grid: VideoGrid, text_bias: float, kernels: Implementation) -> None:
-        self.frame = VideoGrid(1, grid.height, grid.width)
-        self.buffers = _Buffers(text, self.frame.tokens, text_bias)
+    def __init__(self, text: KeyValue, lanes: VideoGrid, text_bias: float, kernels: Implementation) -> None:
+        self.lanes = lanes
+        self.mask = MaskSpec(Order.sequential(lanes.frames), Space("frame"))
+        self.buffers = _Buffers(text, lanes.tokens, text_bias)
         self.kernels = kernels
 
     def give(self, frames: Sequence[int], order: Order, valid_BL: Tensor) -> Attend:
         """Attention of whole frames that are known together."""
         level, is_open = zip(*((order.level[frame], order.open[frame]) for frame in frames), strict=True)
         mask = MaskSpec(Order(level, is_open), Space("frame"))
-        grid = VideoGrid(len(frames), self.frame.height, self.frame.width)
+        grid = VideoGrid(len(frames), self.lanes.height, self.lanes.width)
         return attend_all(mask, grid, self.buffers.text, valid_BL, self.kernels, self.buffers.text_bias)
 
     def step(self, place: _Place, valid_BL: Tensor) -> Attend:
-        """Attention of one new row, placed by its cell."""
-        mask = MaskSpec(Order.sequential(1), Space())
-        return self.buffers.attend(place, valid_BL, mask, self.frame, self.kernels)
+        """Attention of new rows, placed by lane and cell."""
+        return self.buffers.attend(place, valid_BL, self.mask, self.lanes, self.kernels)
 
 
 class _Plus:
@@ -86,7 +87,7 @@ class _Plus:
         return attend
 
     def step(self, place: _Place, valid_BL: Tensor) -> Attend:
-        """Attention of one new row, placed by frame and cell."""
+        """Attention of new rows, placed by frame and cell."""
         return self.buffers.attend(place, valid_BL, self.mask, self.grid, self.kernels)
 
 
@@ -119,16 +120,25 @@ class _Buffers:
     def attend(
         self, place: _Place, valid_BL: Tensor, mask: MaskSpec, grid: VideoGrid, kernels: Implementation
     ) -> Attend:
-        """Attention that first writes its one new row. The position stays on the device."""
+        """Attention that first writes its new rows. Their positions stay on the device."""
 
-        def attend(q_B1ND: Tensor, k_B1ND: Tensor, v_B1ND: Tensor) -> Tensor:
-            self.write(place.slot_1, k_B1ND, v_B1ND)
+        def attend(q_BRND: Tensor, k_BRND: Tensor, v_BRND: Tensor) -> Tensor:
+            self.write(place.slot_R, k_BRND, v_BRND)
             kv = (self.k_BSND, self.v_BSND)
             return decode_attention(
-                q_B1ND, *kv, valid_BL, place.token_B1, mask, grid, text_bias=self.text_bias, implementation=kernels
+                q_BRND, *kv, valid_BL, place.token_BR, mask, grid, text_bias=self.text_bias, implementation=kernels
             )
 
         return attend
+
+
+def stage_masks(model: CogVideo, stage: Stage, plus: bool = True) -> tuple[MaskSpec, ...]:
+    """Every mask that frame rows of a stage meet, in either channel of any layer."""
+    layout = stage_layout(model.config, stage)
+    masks = [layout.base_mask]
+    if plus and model.plus_of(stage) is not None:
+        masks += [layout.plus_mask(model.space(stage), index) for index in range(len(model.layers))]
+    return tuple(dict.fromkeys(masks))
 
 
 class Decoder:
@@ -137,10 +147,12 @@ class Decoder:
     Args:
         model: In eval mode; weights of any dtype.
         stage: Layout and attention-plus; `base` has one frame.
-        text_BL: int64 text pieces, padded on the left.
+        text_BL: int64 text pieces, padded on the left; on any device.
         text_valid_BL: bool, False on padding.
         plus: False runs the base channel only.
         text_bias: Added to the scores of frame rows and text keys, in both channels.
+        lane: Of every frame; frames that are in progress at the same time need different ones. None: one after another.
+        reader: Runs and remembers the texts; None = this decoder's own.
 
     The text runs through the model at construction. For guidance, put both texts into one batch.
     """
@@ -154,25 +166,33 @@ class Decoder:
         text_valid_BL: Tensor,
         plus: bool = True,
         text_bias: float = 0.0,
+        lane: Sequence[int] | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self.model = model
         self.layout = stage_layout(model.config, stage)
         self.plus = model.plus_of(stage)
         self.plus_layers = list(self.plus.layers) if self.plus is not None and plus else [None] * len(model.layers)
-        grid = self.layout.grid
-        self.valid_BL = text_valid_BL
-        self.slot_F = torch.arange(grid.tokens, device=text_BL.device)
-        self.token_BF = self.slot_F.int().expand(len(text_BL), -1)
+        grid, device = self.layout.grid, model.device
+        self.valid_BL = text_valid_BL.to(device)
+        lane = lane if lane is not None else [0] * grid.frames
+        lanes = VideoGrid(max(lane) + 1, grid.height, grid.width)
+        cell_F = torch.arange(grid.tokens, device=device) % grid.cells
+        self.lane_slot_F = torch.tensor(lane, device=device).repeat_interleave(grid.cells) * grid.cells + cell_F
+        self.is_first_F1 = (cell_F == 0)[:, None]
+        self.boi_11C = model.embed_boi(1)
+        no_input_1PC = torch.zeros(1, grid.cells, self.boi_11C.shape[2], dtype=self.boi_11C.dtype, device=device)
+        places = [model.embed_frame(no_input_1PC, frame, slice(None), self.plus) for frame in range(grid.frames)]
+        self.position_FC = torch.cat(places, dim=1)[0]
         self.base: list[_Base] = []
         self.plus_channels: list[_Plus | None] = []
-        rows_BLC = model.embed_text(text_BL, text_valid_BL)
-        for index, (layer, plus_layer) in enumerate(zip(model.layers, self.plus_layers, strict=True)):
-            rows_BLC, states = layer.text_rows(rows_BLC, text_valid_BL)
-            self.base.append(_Base(states.base, grid, text_bias, model.kernels))
+        texts = (reader or Reader(model)).states(stage, text_BL, text_valid_BL, plus)
+        for index, states in enumerate(texts):
+            self.base.append(_Base(states.base, lanes, text_bias, model.kernels))
             channel = None
-            if plus_layer is not None:
+            if states.plus is not None:
                 mask = self.layout.plus_mask(model.space(stage), index)
-                channel = _Plus(plus_layer.project_text(states.normed_BLC), mask, grid, text_bias, model.kernels)
+                channel = _Plus(states.plus, mask, grid, text_bias, model.kernels)
             self.plus_channels.append(channel)
 
     @torch.no_grad()
@@ -193,35 +213,30 @@ class Decoder:
             )
 
     @torch.no_grad()
-    def step(self, frame: int, cell: int, previous_B: Tensor | None) -> Tensor:
-        """fp32 logits [B, V] for the code at (frame, cell).
+    def step(self, token_R: Tensor, previous_BR: Tensor) -> Tensor:
+        """fp32 logits [B, R, V] of the codes at `token_R`. The host learns nothing of where they are.
 
         Args:
-            frame, cell: Where the code stands; cells of a frame come in raster order.
-            previous_B: int64 codes of cell - 1 of this frame; None at cell 0.
+            token_R: int64, frame * P + cell, each of another frame; cells of a frame come in raster order, and what
+                the masks show of other frames is in the caches.
+            previous_BR: int64 codes of the cells before; at cell 0 any code.
         """
-        if (cell == 0) != (previous_B is None):
-            raise ValueError(f"cell {cell} needs {'no' if cell == 0 else 'the'} previous code")
-        if previous_B is None:
-            inputs_B1C = self.model.embed_boi(self.valid_BL.shape[0])
-        else:
-            inputs_B1C = self.model.code_embedding(previous_B[:, None])
-        rows_B1C = self.model.embed_frame(inputs_B1C, frame, slice(cell, cell + 1), self.plus)
-        in_frame, in_clip = self._place(cell), self._place(frame * self.layout.grid.cells + cell)
-        hidden_B1C = self._rows(
-            rows_B1C,
-            lambda base: base.step(in_frame, self.valid_BL),
+        inputs_BRC = torch.where(self.is_first_F1[token_R], self.boi_11C, self.model.code_embedding(previous_BR))
+        in_lane, in_clip = self._place(self.lane_slot_F[token_R]), self._place(token_R)
+        hidden_BRC = self._rows(
+            inputs_BRC + self.position_FC[token_R],
+            lambda base: base.step(in_lane, self.valid_BL),
             lambda plus: plus.step(in_clip, self.valid_BL),
         )
-        return self.model.code_logits(hidden_B1C)[:, 0]
+        return self.model.code_logits(hidden_BRC)
 
-    def _place(self, slot: int) -> _Place:
-        return _Place(self.slot_F[slot : slot + 1], self.token_BF[:, slot : slot + 1])
+    def _place(self, slot_R: Tensor) -> _Place:
+        return _Place(slot_R, slot_R.int().expand(self.valid_BL.shape[0], -1))
 
     def _frame_inputs(self, frame: int, codes_BP: Tensor) -> Tensor:
-        boi_B1C = self.model.embed_boi(codes_BP.shape[0])
-        inputs_BPC = torch.cat([boi_B1C, self.model.code_embedding(codes_BP[:, :-1])], dim=1)
-        return self.model.embed_frame(inputs_BPC, frame, slice(None), self.plus)
+        inputs_BPC = self.model.code_embedding(codes_BP[:, :-1])
+        boi_B1C = self.boi_11C.expand(codes_BP.shape[0], -1, -1)
+        return self.model.embed_frame(torch.cat([boi_B1C, inputs_BPC], dim=1), frame, slice(None), self.plus)
 
     def _rows(
         self, rows_BRC: Tensor, attend_base: Callable[[_Base], Attend], attend_plus: Callable[[_Plus], Attend]

@@ -24,6 +24,7 @@ from megacog.config.schema import GenerationConfig, Stage
 from megacog.errors import ConfigError, DataError
 from megacog.generation.clusters import clusters_for
 from megacog.generation.decode import generate_frames
+from megacog.generation.reading import Reader
 from megacog.generation.sampling import chooser, row_generator
 from megacog.model.transformer import CogVideo
 from megacog.tokenizers.frames import FrameTokenizer
@@ -182,6 +183,7 @@ class ClipGenerator:
         self.on_pixels: Callable[[int], None] | None = None
         """Called with the number of frames just decoded to pixels."""
         self.num_frames = model.config.num_frames
+        self.reader = Reader(model)
         clusters = clusters_for(settings, frames)
         self.clusters = clusters.to(model.device) if clusters is not None else None
 
@@ -263,6 +265,8 @@ class ClipGenerator:
             text_bias=self.settings.text_bias_of(stage),
             generators=[row.generator for row in rows],
             on_frame=self.on_frame,
+            reader=self.reader,
+            cuda_graphs=self.settings.cuda_graphs,
         ).cpu()
 
     def _first_frames(self, clips: Sequence[_Clip]) -> None:

@@ -79,7 +79,7 @@ def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
     probability_BV = sorted_BV.double().softmax(dim=-1)
     mass_before_BV = probability_BV.cumsum(dim=-1) - probability_BV
     dropped_BV = mass_before_BV >= top_p
-    dropped_BV[..., 0] = False
+    dropped_BV[..., 0].fill_(False)
     return logits_BV.masked_fill(torch.zeros_like(dropped_BV).scatter(-1, order_BV, dropped_BV), float("-inf"))
 
 

@@ -115,6 +115,7 @@ class Sampler:
             choose=chooser(settings, stage, clusters),
             text_bias=settings.text_bias_of(stage),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+            cuda_graphs=settings.cuda_graphs,
         )
 
     def _store(self, folder: Path, captions: list[str], codes_BTP: Tensor) -> None:

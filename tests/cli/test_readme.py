@@ -201,7 +201,7 @@ def test_every_option_named_in_the_text_exists() -> None:
     texts = [help_text(name) for name in (*scripts, "pretrain.py", "evaluate.py", "submit.py")]
     texts += [help_text("prepare.py", name) for name in ("run", "records", "inspect", "verify", "digits")]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
-    texts += [help_text("benchmark.py", "import")]
+    texts += [help_text("benchmark.py", name) for name in ("import", "generate")]
     weights = ("import-sat", "add-tokenizers", "export-sat", "export-safetensors", "parity", "parity-file")
     texts += [help_text("convert.py", name) for name in (*weights, "import-icetk-text", "import-icetk-frames")]
     texts += [help_text("prove.py", name) for name in re.findall(r"\{([\w,]+)\}", help_text("prove.py"))[0].split(",")]

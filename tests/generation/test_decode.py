@@ -11,11 +11,10 @@ from small_model import batch, build_model, model_config
 from torch import Tensor
 
 from megacog.config.schema import Stage
-from megacog.generation.decode import frame_levels, generate_frames
+from megacog.generation.decode import generate_frames
 from megacog.generation.sampling import row_generator, sample_codes
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
-from megacog_kernels.grid import Order
 
 SPACES: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
@@ -147,11 +146,7 @@ def test_several_given_frames_start_a_sequence() -> None:
     assert sampled_rows == [2, 2]
 
 
-def test_frames_enter_the_cache_by_level_and_open_ones_must_be_given() -> None:
-    assert frame_levels(Order.interpolation(5), {0, 2, 4}) == [[0, 2, 4], [1], [3]]
-    assert frame_levels(Order((2, 0, 1), (False, True, False)), {1}) == [[1], [2], [0]]
-    with pytest.raises(ValueError, match=r"frames \[2\] are open"):
-        frame_levels(Order.interpolation(5), {0, 4})
+def test_known_frames_outside_the_sequence_are_refused() -> None:
     config = model_config()
     text, valid, codes = batch(config, 5)
     with pytest.raises(ValueError, match=r"known frames \[7\]"):

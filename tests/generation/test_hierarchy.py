@@ -163,6 +163,22 @@ def test_a_clip_does_not_depend_on_batch_size_prompt_order_or_company(export_pat
     assert not np.array_equal(wide[0], other_seed[0])
 
 
+def test_every_caption_is_read_once_per_rate(export_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once per block, batch or pass: 13 key frames and two levels, guided, four rows at a time."""
+    made = generator(export_path, levels=2, guidance=2, interpolation_guidance=2, batch_size=4)
+    read: list[tuple[int, ...]] = []
+    embed = made.model.embed_text
+
+    def counting(text_BL: Tensor, valid_BL: Tensor) -> Tensor:
+        read.extend(tuple(row) for row in text_BL.tolist())
+        return embed(text_BL, valid_BL)
+
+    monkeypatch.setattr(made.model, "embed_text", counting)
+    list(made.generate([request(3, seconds=9.0), request(3, seconds=9.0, sample=1)]))
+    # Without a rate, and with three spans; each with and without the caption.
+    assert len(read) == len(set(read)) == 8
+
+
 def test_guidance_reaches_key_frames_and_interpolation_separately(export_path: Path) -> None:
     plain = clips(generator(export_path, levels=1).generate([request()]))[0]
     keys_guided = clips(generator(export_path, levels=1, guidance=3).generate([request()]))[0]

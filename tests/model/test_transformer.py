@@ -282,7 +282,8 @@ def test_triton_and_reference_give_the_same_loss_gradients_and_decoding() -> Non
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         decoder = Decoder(model.eval(), "interpolation", text, valid)
         decoder.give({frame: codes[:, frame] for frame in (0, 2, 4)})
-        logits = [decoder.step(1, 0, None), decoder.step(1, 1, codes[:, 1, 0])]
+        first = model.config.cells
+        logits = [decoder.step(torch.tensor([first + cell]), codes[:, 1, :1]) for cell in (0, 1)]
         results.append((loss.detach(), gradients, logits))
     (loss, gradients, logits), (triton_loss, triton_gradients, triton_logits) = results
     torch.testing.assert_close(triton_loss, loss, rtol=1e-5, atol=1e-5)
