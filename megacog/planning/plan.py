@@ -280,10 +280,8 @@ def _light_layouts(config: Config) -> list[dict[str, Any]]:
 
 def _heavy_layouts(config: Config) -> list[dict[str, Any]]:
     """Ways to cut the weights or the sequences, too."""
-    layouts: list[dict[str, Any]] = [
-        {"parallel.sequence": size} for size in (2, 4, 8) if size > config.parallel.sequence
-    ]
-    layouts += [{"parallel.tensor": size} for size in (2, 4, 8) if size > config.parallel.tensor]
+    own = {"parallel.sequence": config.parallel.sequence, "parallel.tensor": config.parallel.tensor}
+    layouts: list[dict[str, Any]] = [{key: size} for key, now in own.items() for size in (2, 4, 8) if size > now]
     if config.train.engine == "deepspeed" and config.train.zero_stage < 3 and config.parallel.tensor == 1:
         layouts.append({"train.zero_stage": 3})
     return layouts

@@ -117,8 +117,11 @@ def _average_gradients(config: Config, traffic: _Traffic, elements: Elements, ac
 
 
 def _share_layers(config: Config, traffic: _Traffic, accumulation: int) -> None:
-    """What ranks that share a model or a sample send, forward and backward: tensor-parallel ones sums of frame rows, after
-    the output of every channel and the MLP; those of a sequence trade rows for heads and back."""
+    """What ranks that share a model or a sample send, forward and backward.
+
+    Tensor-parallel ranks sum frame rows after the output of every channel and the MLP; those of a sequence trade rows
+    for heads and back.
+    """
     model, train, tensor = config.model, config.train, config.parallel.tensor
     rows = stage_layout(model, train.stage).grid.tokens * train.micro_batch_size
     size = rows * model.hidden_size * (2 if train.precision == "bf16" else 4)
