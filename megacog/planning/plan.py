@@ -126,6 +126,11 @@ def data_parallel(config: Config, world: int) -> int:
     return world // (tensor * sequence)
 
 
+def replicas(config: Config, data_size: int) -> int:
+    """Ranks that hold the same part of the weights: those of a sequence, too."""
+    return data_size * config.parallel.sequence
+
+
 def accumulation_steps(config: Config, data_size: int) -> int:
     """Micro batches per rank and step.
 
@@ -157,7 +162,7 @@ def plan(config: Config, cluster: Cluster, policies: Sequence[Checkpointing] = P
     data_size = data_parallel(config, cluster.world)
     accumulation = accumulation_steps(config, data_size)
     elements = count_elements(config)
-    state = engine_state(config, elements, data_size, accumulation, cluster.device.gpu)
+    state = engine_state(config, elements, replicas(config, data_size), accumulation, cluster.device.gpu)
     wanted = [policy for policy in POLICIES if policy in policies or policy == train.activation_checkpointing]
     planned = {policy: _plan_policy(config, cluster, policy, data_size) for policy in wanted}
     time = _time(config, cluster, elements, accumulation, data_size)
@@ -195,7 +200,7 @@ def _time(config: Config, cluster: Cluster, elements: Elements, accumulation: in
         return None
     train = config.train
     one = trace_pass(config, train.activation_checkpointing, train.micro_batch_size, gpu=True)
-    return step_time(config, cluster, elements, one, accumulation, data_size)
+    return step_time(config, cluster, elements, one, accumulation, replicas(config, data_size))
 
 
 def _plan_policy(config: Config, cluster: Cluster, policy: Checkpointing, data_size: int) -> PolicyPlan:
@@ -229,7 +234,7 @@ def plan_peak(config: Config, data_size: int, policy: Checkpointing, micro_batch
     """
     accumulation = -(-config.train.global_batch_size // (micro_batch * data_size))
     elements = count_elements(config)
-    state: State = engine_state(config, elements, data_size, accumulation, gpu)
+    state: State = engine_state(config, elements, replicas(config, data_size), accumulation, gpu)
     return state.peak(trace_pass(config, policy, micro_batch, gpu), elements.trained * elements.weight_bytes)
 
 
@@ -274,8 +279,9 @@ def _light_layouts(config: Config) -> list[dict[str, Any]]:
 
 
 def _heavy_layouts(config: Config) -> list[dict[str, Any]]:
-    """Ways to cut the weights, too."""
-    layouts: list[dict[str, Any]] = [{"parallel.tensor": size} for size in (2, 4, 8) if size > config.parallel.tensor]
+    """Ways to cut the weights or the sequences, too."""
+    own = {"parallel.sequence": config.parallel.sequence, "parallel.tensor": config.parallel.tensor}
+    layouts: list[dict[str, Any]] = [{key: size} for key, now in own.items() for size in (2, 4, 8) if size > now]
     if config.train.engine == "deepspeed" and config.train.zero_stage < 3 and config.parallel.tensor == 1:
         layouts.append({"train.zero_stage": 3})
     return layouts

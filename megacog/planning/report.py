@@ -53,8 +53,8 @@ def _head(plan: Plan, config: Config, cluster: Cluster) -> Iterator[str]:
     train, device = config.train, cluster.device
     nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''} x {cluster.gpus_per_node} {device.name}"
     engine = "plain engine" if train.engine == "torch" else f"ZeRO {train.zero_stage}"
-    ranks = f"{plan.world} ranks: tensor {config.parallel.tensor} x data {plan.data_size}"
-    yield f"{nodes} of {device.memory_gib:g} GiB = {ranks}"
+    shared = f"tensor {config.parallel.tensor} x sequence {config.parallel.sequence}"
+    yield f"{nodes} of {device.memory_gib:g} GiB = {plan.world} ranks: {shared} x data {plan.data_size}"
     yield (
         f"stage {train.stage}, {train.precision}, {engine}, sums of gradients in {train.gradient_dtype}; "
         f"batch {train.global_batch_size} = {plan.accumulation} x {train.micro_batch_size} x {plan.data_size} ranks"
@@ -105,7 +105,7 @@ def _what_fits(plan: Plan) -> Iterator[str]:
         yield "What fits on the same GPUs, the fastest first:"
         yield from (f"  {line}" for line in plan.suggestions)
     else:
-        yield "No activation policy, micro batch, ZeRO stage or tensor-parallel size fits: take larger or more GPUs"
+        yield "No activation policy, micro batch, ZeRO stage or way to share the model fits: take larger or more GPUs"
 
 
 def _resident(plan: Plan) -> float:

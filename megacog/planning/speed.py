@@ -14,8 +14,8 @@ from megacog.planning.trace import Pass
 _ADAM_BYTES = 92
 """Per optimizer element: passes of torch's AdamW over all tensors at once. Decay 8, first moment 12, second moment 20,
 root 8, division 8, epsilon 8, update 16; the norm reads 4, clipping 8."""
-_TENSOR_SUMS = 3
-"""All-reduces of a layer's frame rows, forward; as many backward: base dense, plus dense, MLP."""
+_EXCHANGED = 4
+"""What ranks of a sequence trade in every channel, forward and backward: q, k, v and what attention makes of them."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,16 @@ def _average_gradients(config: Config, traffic: _Traffic, elements: Elements, ac
 
 
 def _share_layers(config: Config, traffic: _Traffic, accumulation: int) -> None:
-    """What tensor-parallel ranks send: sums of frame rows in every layer, forward and backward."""
+    """What ranks that share a model or a sample send, forward and backward.
+
+    Tensor-parallel ranks sum frame rows after the output of every channel and the MLP; those of a sequence trade rows
+    for heads and back.
+    """
     model, train, tensor = config.model, config.train, config.parallel.tensor
     rows = stage_layout(model, train.stage).grid.tokens * train.micro_batch_size
     size = rows * model.hidden_size * (2 if train.precision == "bf16" else 4)
-    calls = 2 * (_TENSOR_SUMS if train.stage != "base" else _TENSOR_SUMS - 1) * model.num_layers * accumulation
-    traffic.ring(2, calls * size, tensor, 1, calls)
+    channels = 1 if train.stage == "base" else 2
+    passes = 2 * model.num_layers * accumulation
+    sums, exchanges = passes * (channels + 1), passes * channels * _EXCHANGED
+    traffic.ring(2, sums * size, tensor, 1, sums)
+    traffic.ring(1, exchanges * size / config.parallel.sequence, config.parallel.sequence, 1, passes * channels * 2)

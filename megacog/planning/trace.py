@@ -30,6 +30,7 @@ from megacog.config.schema import Checkpointing, Config, Kernels, ModelConfig
 from megacog.model.flops import visible_pairs
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
+from megacog.parallel.sequence import SequenceParallel
 from megacog.parallel.tensor import TensorParallel
 from megacog_kernels.attention.ops import decode_mask
 from megacog_kernels.cross_entropy.chunks import row_stride
@@ -77,7 +78,7 @@ def trace_pass(config: Config, policy: Checkpointing, batch: int, gpu: bool) -> 
         gpu: As on a GPU, with Triton kernels where the config allows them; else as on a CPU.
     """
     model = config.model.model_copy(update={"boi_id": config.model.boi_id or 0, "inherit": None})
-    place = (config.train.stage, config.train.precision, config.parallel.tensor, gpu)
+    place = (config.train.stage, config.train.precision, config.parallel.tensor, config.parallel.sequence, gpu)
     kernels: Kernels = "reference" if not gpu or config.train.kernels == "reference" else "triton"
     return _at_batch(model, place, policy, kernels, batch)
 
@@ -100,13 +101,13 @@ def _at_depth(model: ModelConfig, place: tuple[Any, ...], policy: Checkpointing,
 
 
 def _run(config: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, kernels: Kernels, batch: int) -> Pass:
-    stage, precision, tensor, gpu = place
+    stage, precision, tensor, sequence, gpu = place
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     grid = stage_layout(config, stage).grid
-    with _tensor_parallel(tensor) as parallel, FakeTensorMode():
+    with _groups(tensor, sequence) as (parallel, shared), FakeTensorMode():
         with _default_dtype(dtype):
             plus = () if stage == "base" else (stage,)
-            model = CogVideo(config, plus, parallel, policy, kernels)
+            model = CogVideo(config, plus, parallel, policy, kernels, shared)
         model.trainable(stage)
         inputs = {
             "text_BL": torch.zeros(batch, config.text_length, dtype=torch.int64),
@@ -268,18 +269,17 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _tensor_parallel(size: int) -> Iterator[TensorParallel]:
-    """The first of `size` tensor-parallel ranks; their collectives do nothing to fake tensors."""
-    if size == 1:
-        yield TensorParallel()
-        return
-    own = not dist.is_initialized()
+def _groups(tensor: int, sequence: int) -> Iterator[tuple[TensorParallel, SequenceParallel]]:
+    """The first of the ranks that share a model or a sample; their collectives do nothing to fake tensors."""
+    size = tensor * sequence
+    own = size > 1 and not dist.is_initialized()
     if own:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
-        yield TensorParallel(0, size, dist.group.WORLD)
+        group = dist.group.WORLD if size > 1 else None
+        yield TensorParallel(0, tensor, group), SequenceParallel(0, sequence, group)
     finally:
         if own:
             dist.destroy_process_group()

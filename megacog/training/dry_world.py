@@ -31,9 +31,9 @@ from megacog.config.load import load_config
 from megacog.config.schema import Config
 from megacog.errors import ConfigError
 from megacog.model.transformer import CogVideo
-from megacog.parallel.groups import build_process_groups
+from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.planning.memory import engine_state
-from megacog.planning.plan import accumulation_steps, count_elements, data_parallel, plan_peak
+from megacog.planning.plan import accumulation_steps, count_elements, data_parallel, plan_peak, replicas
 from megacog.planning.trace import Ledger, fuse_dropouts
 from megacog.runtime.cli import run
 from megacog.training.engine import build_engine
@@ -78,9 +78,9 @@ def run_rank(config: Config, world: int, rank: int, steps: bool) -> RankReport:
     """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    groups = build_process_groups(config.parallel.tensor)
+    groups = build_process_groups(config.parallel.tensor, config.parallel.sequence)
     with _no_data():
-        model = _fake_model(config, groups.tensor)
+        model = _fake_model(config, groups)
         ledger = Ledger(())
         with ledger:
             for parameter in model.parameters():
@@ -100,13 +100,13 @@ def run_rank(config: Config, world: int, rank: int, steps: bool) -> RankReport:
     return RankReport(rank, fragments, shapes, held, ledger.live, ledger.peak)
 
 
-def _fake_model(config: Config, parallel: Any) -> CogVideo:
+def _fake_model(config: Config, groups: ProcessGroups) -> CogVideo:
     train = config.train
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[train.precision])
     try:
         plus = () if train.stage == "base" else (train.stage,)
-        model = CogVideo(config.model, plus, parallel, train.activation_checkpointing, "triton")
+        model = CogVideo(config.model, plus, groups.tensor, train.activation_checkpointing, "triton", groups.sequence)
     finally:
         torch.set_default_dtype(dtype)
     fuse_dropouts(model)
@@ -165,7 +165,7 @@ def compare(config: Config, world: int, ranks: Iterable[int], stepping: Sequence
         reports = pool.starmap(run_rank, jobs, chunksize=1)
     found = WorldReport()
     elements = count_elements(config)
-    state = engine_state(config, elements, data_size, accumulation_steps(config, data_size), gpu=True)
+    state = engine_state(config, elements, replicas(config, data_size), accumulation_steps(config, data_size), gpu=True)
     if {rank for _, _, rank, _ in jobs} == set(range(world)):
         found.problems.extend(_coverage(reports, config.parallel.tensor))
         found.lines.append(f"{len(reports)} ranks: fragments of {len(reports[0].shapes)} trained parameters")
