@@ -29,14 +29,15 @@ from megacog.errors import CheckpointError
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
-from megacog.parallel.tensor import TensorParallel, materialize
+from megacog.parallel.tensor import materialize
 from megacog.runtime.ranks import discover
 from megacog.runtime.signals import StopFlag
 from megacog.training import pretrain
 from megacog.training.comparison import (
     GLOBAL_BATCH,
     MICRO_BATCH,
-    compare_engines,
+    Case,
+    compare,
     run_step,
     small_batch,
     small_config,
@@ -49,23 +50,30 @@ from megacog.training.precision import DTYPES
 from megacog.training.pretrain import example_inputs
 from megacog.training.state import RunState, load_checkpoint, shapes_of
 
-STEPS = 4
+STEPS = 2
 
 
-def compare(folder: Path, stage: str, steps: str, *tensor_sizes: str) -> dict[str, Any]:
-    """Differences of every engine at every tensor-parallel size."""
-    sizes = [int(size) for size in tensor_sizes]
-    return {"rows": [dataclasses.asdict(row) for row in compare_engines(sizes, int(steps), stage)]}
+def compare_cases(folder: Path, steps: str, *cases: str) -> dict[str, Any]:
+    """Differences of cases, each given as engine-zero-tensor-sequence-stage-checkpointing, from one rank."""
+    return {str(row.case): dataclasses.asdict(row) for row in compare([case_of(case) for case in cases], int(steps))}
 
 
-def resume(folder: Path, tensor: str, *engines: str) -> dict[str, Any]:
-    """By engine (name-zero-precision): are losses and states after 4 + resume + 4 steps bitwise those of 8?"""
-    groups = build_process_groups(int(tensor))
+def case_of(text: str) -> Case:
+    engine, zero_stage, tensor, sequence, *rest = text.split("-")
+    return Case(engine, int(zero_stage), int(tensor), int(sequence), *rest)  # type: ignore[arg-type]
+
+
+def resume(folder: Path, *cases: str) -> dict[str, Any]:
+    """By case (engine-zero-tensor-sequence-precision): are losses and states after 2 + resume + 2 steps bitwise
+    those of 4?"""
     found = {}
-    for name in engines:
-        engine, zero_stage, precision = name.split("-")
-        config = small_config(engine, int(zero_stage), int(tensor), 2 * STEPS, precision)
-        run_dir = folder / f"{name}-tensor-{tensor}"
+    for name in cases:
+        engine, zero_stage, tensor, sequence, precision = name.split("-")
+        groups = build_process_groups(int(tensor), int(sequence))
+        config = small_config(
+            engine, int(zero_stage), int(tensor), 2 * STEPS, precision, sequence=int(sequence)
+        )
+        run_dir = folder / name
         train = config.train.model_copy(update={"run_dir": str(run_dir)})
         found[name] = resumes_bitwise(config.model_copy(update={"train": train}), groups)
     return found
@@ -99,7 +107,7 @@ class Inherited:
 
 def start(config: Config, groups: ProcessGroups, checkpoint: Any) -> tuple[Engine, RunState]:
     """An engine with its state: fresh, or from a checkpoint (found) into a model full of NaN."""
-    model = CogVideo(config.model, ("sequential",), groups.tensor)
+    model = CogVideo(config.model, ("sequential",), groups.tensor, sequence=groups.sequence)
     model.to(DTYPES[config.train.precision]).trainable("sequential")
     shapes, resumed = shapes_of(model), None
     if checkpoint is None:
@@ -134,9 +142,8 @@ def sums(folder: Path, *zero_stages: str) -> dict[str, dict[str, float]]:
 
     The truth is the plain engine's, which sums the same micro batches on one rank in fp32.
     """
-    alone = ProcessGroups(TensorParallel(), 0, 1, None)
     accumulation, groups = 4, build_process_groups(1)
-    truth = mean_gradients(small_config("torch", 0, 1, 1, "bf16"), alone, accumulation * groups.data_size)
+    truth = mean_gradients(small_config("torch", 0, 1, 1, "bf16"), ProcessGroups(), accumulation * groups.data_size)
     size = sum(float(part.square().sum()) for part in truth.values())
     found: dict[str, dict[str, float]] = {}
     for zero_stage in zero_stages:
@@ -316,7 +323,7 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
-    "compare": compare,
+    "compare": compare_cases,
     "resume": resume,
     "building": building,
     "policies": policies,

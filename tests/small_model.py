@@ -11,6 +11,7 @@ from torch import Tensor
 from megacog.config.schema import Kernels, ModelConfig, PlusStage
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
+from megacog.parallel.sequence import SequenceParallel
 from megacog.parallel.tensor import TensorParallel
 
 BOTH: tuple[PlusStage, ...] = ("sequential", "interpolation")
@@ -32,10 +33,11 @@ def build_model(
     parallel: TensorParallel | None = None,
     noise: float = 0.3,
     kernels: Kernels = "auto",
+    sequence: SequenceParallel | None = None,
 ) -> CogVideo:
-    """A model with weights large enough that every part matters; the same for every tensor-parallel size."""
+    """A model with weights large enough that every part matters; the same for every number of ranks."""
     config = config or model_config()
-    model = CogVideo(config, plus, parallel, kernels=kernels)
+    model = CogVideo(config, plus, parallel, kernels=kernels, sequence=sequence)
     initialize_base(model, seed=1)
     whole = CogVideo(config, plus)
     with torch.no_grad():

@@ -37,8 +37,8 @@ GENERATED = {
     "zero_optimization.stage": "train.zero_stage",
     "activation_checkpointing": "train.activation_checkpointing",
     "tensor_parallel": "parallel.tensor",
-    "sequence_parallel_size": "parallel.tensor",
-    "seq_parallel_communication_data_type": "parallel.tensor",
+    "sequence_parallel_size": "parallel.sequence",
+    "seq_parallel_communication_data_type": "parallel.sequence",
     "checkpoint": "checkpoint.every and checkpoint.keep_last",
     "tensorboard": "metrics.tensorboard",
 }

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megacog.config.generation import GenerationConfig as GenerationConfig
+from megacog.config.layouts import layout_problems
 from megacog.config.section import Checkpointing as Checkpointing
 from megacog.config.section import Kernels as Kernels
 from megacog.config.section import PlusStage as PlusStage
@@ -72,7 +73,7 @@ class ModelConfig(Section):
     hidden_size: int = Field(ge=1)
     """Width of the residual stream; a multiple of num_heads."""
     num_heads: int = Field(ge=1)
-    """Attention heads of each channel; parallel.tensor divides them."""
+    """Attention heads of each channel; parallel.tensor and parallel.sequence divide them."""
     ffn_size: int | None = Field(default=None, ge=1)
     """Inner width of the MLP; null = 4 x hidden_size."""
     grid: tuple[int, int]
@@ -284,7 +285,10 @@ class TrainConfig(Section):
 
 class ParallelConfig(Section):
     tensor: int = Field(default=1, ge=1)
-    """Ranks that share one copy of the model; the rest is data parallel."""
+    """Ranks that share one copy of the model (heads, MLP, vocabularies): 1, 2, 4 or 8."""
+    sequence: int = Field(default=1, ge=1)
+    """Ranks that share every sample, for sequences too long for one: rows of the frames, heads in attention. The
+    rest is data parallel: world / (tensor x sequence)."""
 
 
 class CheckpointConfig(Section):
@@ -330,20 +334,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
-        model, train, tensor = self.model, self.train, self.parallel.tensor
-        if model.num_heads % tensor:
-            raise ValueError(f"parallel.tensor {tensor} does not divide model.num_heads {model.num_heads}")
-        if model.ffn % tensor:
-            raise ValueError(f"parallel.tensor {tensor} does not divide the MLP width {model.ffn}")
+        model, train = self.model, self.train
+        problems = list(layout_problems(model, train, self.parallel))
+        if problems:
+            raise ValueError("; ".join(problems))
         if train.global_batch_size % train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size {train.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size {train.micro_batch_size}"
-            )
-        if train.engine == "deepspeed" and train.precision == "bf16" and train.zero_stage == 0:
-            raise ValueError(
-                "train.zero_stage 0 with train.precision bf16 gives wrong gradient norms and losses "
-                "in DeepSpeed; use zero_stage 1 or precision fp32"
             )
         if train.precision == "fp32" and train.gradient_dtype == "bf16":
             raise ValueError("train.gradient_dtype bf16 needs train.precision bf16: gradients of fp32 weights are fp32")

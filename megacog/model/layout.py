@@ -32,9 +32,9 @@ class StageLayout:
         return tuple(frame for frame in range(self.grid.frames) if frame not in self.loss_frames)
 
     def predicted_rows(self, x_BFC: Tensor) -> Tensor:
-        """The rows of the predicted frames: [B, predicted frames * P, C]."""
+        """The rows of the predicted frames [B, predicted frames * P, C]; or of a rank's share of all frames."""
         step = 1 if len(self.loss_frames) == 1 else self.loss_frames[1] - self.loss_frames[0]
-        frames = x_BFC.unflatten(1, (self.grid.frames, self.grid.cells))
+        frames = x_BFC.unflatten(1, (self.grid.frames, -1))
         return frames[:, self.loss_frames[0] : self.loss_frames[-1] + 1 : step].flatten(1, 2)
 
     @property

@@ -24,6 +24,7 @@ from megacog.model.layer import Layer
 from megacog.model.layout import StageLayout, stage_layout, text_position_ids
 from megacog.model.norm import LayerNorm
 from megacog.parallel.layers import VocabParallelEmbedding
+from megacog.parallel.sequence import ALONE, SequenceParallel
 from megacog.parallel.tensor import TensorParallel
 from megacog_kernels.attention import Implementation
 from megacog_kernels.attention.dispatch import choose as choose_attention
@@ -49,6 +50,7 @@ class CogVideo(nn.Module):
         parallel: This rank's tensor-parallel place; None = the whole model.
         activation_checkpointing: What the backward pass of a layer computes again.
         kernels: What runs attention, norms, gates and the loss: `auto` takes Triton where it can, `triton` insists.
+        sequence: This rank's place among those that share every sample in `forward`; None = it has them alone.
 
     Weights are uninitialized: call `initialize` or load them.
     """
@@ -60,6 +62,7 @@ class CogVideo(nn.Module):
         parallel: TensorParallel | None = None,
         activation_checkpointing: Checkpointing = "none",
         kernels: Implementation = "auto",
+        sequence: SequenceParallel | None = None,
     ) -> None:
         super().__init__()
         if config.boi_id is None:
@@ -67,6 +70,7 @@ class CogVideo(nn.Module):
         self.config = config
         self.boi_id = config.boi_id
         self.parallel = parallel or TensorParallel()
+        self.sequence = sequence or ALONE
         self.activation_checkpointing: Checkpointing = activation_checkpointing
         self.kernels: Implementation = kernels
         width = config.hidden_size
@@ -74,7 +78,7 @@ class CogVideo(nn.Module):
         self.text_embedding = VocabParallelEmbedding(config.text_vocab_size, width, self.parallel)
         self.position_embedding = nn.Embedding(config.base_position_rows, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        layers = [Layer(config, self.parallel, kernels) for _ in range(config.num_layers)]
+        layers = [Layer(config, self.parallel, kernels, self.sequence) for _ in range(config.num_layers)]
         self.layers: Sequence[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.final_layernorm = LayerNorm(width, config.layernorm_eps, kernels)
         self.plus = nn.ModuleDict({stage: AttentionPlus(config, self.parallel, kernels) for stage in plus})
@@ -148,21 +152,21 @@ class CogVideo(nn.Module):
         plus_on: bool = True,
         predicted_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Text rows [B, L, C] and frame rows [B, F, C] after the last layer, before the final layernorm.
+        """Text rows [B, L, C] and this rank's frame rows [B, R, C] after the last layer, before the final layernorm.
 
         With `predicted_only` the last layer makes only rows of predicted frames, and text rows are those before it.
         """
         plus = self.plus_of(layout.stage)
         text_BLC = self.embed_text(text_BL, valid_BL)
-        frames_BFC = self._embed_frames(codes_BTP, plus)
+        frames_BRC = self.sequence.own_rows(self._embed_frames(codes_BTP, plus), self.config.cells)
         policy: Checkpointing = self.activation_checkpointing if self.training else "none"
         for index, layer in enumerate(self.layers):
             plus_layer = plus.layers[index] if plus is not None and plus_on else None
             mask = layout.plus_mask(self.space(layout.stage), index) if plus_layer is not None else None
             last = predicted_only and index == len(self.layers) - 1
-            rows = (text_BLC, frames_BFC, valid_BL)
-            text_BLC, frames_BFC = layer(*rows, layout, plus_layer, mask, policy=policy, predicted_only=last)
-        return text_BLC, frames_BFC
+            rows = (text_BLC, frames_BRC, valid_BL)
+            text_BLC, frames_BRC = layer(*rows, layout, plus_layer, mask, policy=policy, predicted_only=last)
+        return text_BLC, frames_BRC
 
     def space(self, stage: Stage) -> SpaceConfig:
         """The attention-plus space of a stage."""
@@ -178,7 +182,7 @@ class CogVideo(nn.Module):
         context_BTP: Tensor | None = None,
         frame_weights: Sequence[float] | None = None,
     ) -> LossOutput:
-        """The stage's loss.
+        """The stage's loss: of this rank's rows, which are equally many on all ranks of a sequence.
 
         Args:
             text_BL: int64 text pieces, padded on the left.
@@ -193,8 +197,8 @@ class CogVideo(nn.Module):
         inputs_BTP = frames_BTP if context_BTP is None else context_BTP
         _, rows_BRC = self._hidden(text_BL, text_valid_BL, inputs_BTP, layout, predicted_only=True)
         predicted = list(layout.loss_frames)
-        hidden_BQPC = rows_BRC.unflatten(1, (len(predicted), layout.grid.cells))
-        loss_BQP = self._code_loss(hidden_BQPC, frames_BTP[:, predicted])
+        hidden_BQPC = rows_BRC.unflatten(1, (len(predicted), -1))
+        loss_BQP = self._code_loss(hidden_BQPC, self.sequence.own_cells(frames_BTP)[:, predicted])
         frame_loss_Q = loss_BQP.mean(dim=(0, 2))
         weights_Q = torch.ones_like(frame_loss_Q)
         if frame_weights is not None:
@@ -222,8 +226,10 @@ class CogVideo(nn.Module):
 
         For parity and proofs: training and generation never build them. With plus=False the
         attention-plus channel is off (its positions stay); with `positions` only those of the L + F rows
-        are computed. Differentiable on one tensor-parallel rank.
+        are computed. Differentiable on one tensor-parallel rank; not for ranks that share a sequence.
         """
+        if self.sequence.size > 1:
+            raise ValueError("logits are for models that hold whole sequences")
         layout = stage_layout(self.config, stage)
         self._check(text_BL, frames_BTP, layout)
         rows = torch.cat(self._hidden(text_BL, text_valid_BL, frames_BTP, layout, plus), dim=1)

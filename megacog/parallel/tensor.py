@@ -102,9 +102,9 @@ class _GatherFromRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parallel: TensorParallel) -> Tensor:
         ctx.rank = parallel.rank
-        parts = x.new_empty(parallel.size * x.shape[0], *x.shape[1:])  # gloo takes no other shape
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=parallel.group)
-        return parts.view(parallel.size, *x.shape)
+        parts = x.new_empty(parallel.size, *x.shape)
+        dist.all_gather(list(parts.unbind()), x.contiguous(), group=parallel.group)
+        return parts
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

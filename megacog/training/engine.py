@@ -49,7 +49,7 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> bool:
-        """Average over data-parallel ranks, clip, update; False if gradients were not finite (nothing changes)."""
+        """Average over replicas, clip, update; False if gradients were not finite (nothing changes)."""
         ...
 
     def weight(self, name: str) -> Tensor:
@@ -294,7 +294,7 @@ class DeepSpeedEngine:
             return
         # The full setter of ZeRO 3 runs past the end of tensors that do not divide: set this rank's part.
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        start = size * self._groups.data_rank
+        start = size * self._groups.replicas.rank
         part = torch.zeros(size, dtype=value.dtype, device=value.device)
         mine = value.flatten()[start : start + size]
         part[: mine.numel()] = mine

@@ -1,4 +1,4 @@
-"""The plain engine: data and tensor parallel training with torch alone.
+"""The plain engine: data, tensor and sequence parallel training with torch alone.
 
 The oracle that DeepSpeed is checked against, and `train.engine: torch`. Every rank holds all
 master weights and moments; gradients are averaged in fp32.
@@ -61,10 +61,11 @@ class PlainEngine:
     @torch.no_grad()
     def step(self, learning_rate: float) -> bool:
         gradients = [total.float() for total in self._sums.values()]
-        if self._groups.data_size > 1:
+        replicas = self._groups.replicas
+        if replicas.size > 1:
             for gradient in gradients:
-                dist.all_reduce(gradient, group=self._groups.data_group)
-                gradient /= self._groups.data_size
+                dist.all_reduce(gradient, group=replicas.group)
+                gradient /= replicas.size
         norm = global_norm(self._weights.values(), gradients, self._groups.tensor)
         self.grad_norm = float(norm)
         applied = bool(norm.isfinite())

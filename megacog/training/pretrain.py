@@ -111,7 +111,7 @@ def start_processes(config: Config, ranks: Ranks) -> torch.device:
 
 def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> int:
     """Train one stage on this rank; the exit code."""
-    groups = build_process_groups(config.parallel.tensor)
+    groups = build_process_groups(config.parallel.tensor, config.parallel.sequence)
     accumulation = accumulation_steps(config, groups)
     tokenizers = open_tokenizers(config)
     config = resolve(config, tokenizers)
@@ -269,7 +269,10 @@ def build_model(
     stage = config.train.stage
     plus = () if stage == "base" else (stage,)
     with torch.device("meta"):
-        model = CogVideo(config.model, plus, groups.tensor, config.train.activation_checkpointing, config.train.kernels)
+        model = CogVideo(
+            config.model, plus, groups.tensor, config.train.activation_checkpointing, config.train.kernels,
+            groups.sequence,
+        )  # fmt: skip
     materialize(model, device, DTYPES[config.train.precision])
     model.choose_kernels()
     model.trainable(stage)
@@ -356,9 +359,9 @@ def announce(config: Config, ranks: Ranks, groups: ProcessGroups, accumulation: 
     log.info("configuration %s:\n%s", config_hash(config)[:12], dump_config(config).rstrip())
     log.info("%s", tables)
     log.info(
-        "%s | %d ranks by %s: tensor %d x data %d | engine %s | %s",
-        describe_device(), ranks.world_size, ranks.source, groups.tensor.size, groups.data_size, engine,
-        train.precision,
+        "%s | %d ranks by %s: tensor %d x sequence %d x data %d | engine %s | %s",
+        describe_device(), ranks.world_size, ranks.source, groups.tensor.size, groups.sequence.size, groups.data_size,
+        engine, train.precision,
     )  # fmt: skip
     log.info(
         "batch %d = micro %d x accumulation %d x data-parallel ranks %d | stage %s | %d steps | output in %s",

@@ -197,10 +197,9 @@ class RunState:
         return resumed.manifest.step
 
     def _restore_rng(self, resumed: Resumed) -> None:
-        rank, size = rank_and_size()
+        rank, _ = rank_and_size()
         world = resumed.manifest.world
-        same = (world["ranks"], world["tensor"]) == (size, self._groups.tensor.size)
-        if same:
+        if world == self._world():
             restore_rng(resumed.records.read(rng_name(rank)))
             return
         log.warning("the checkpoint was written by %s; resuming is exact to rounding, not bitwise", world)
@@ -247,18 +246,22 @@ class RunState:
         return path
 
     def _header(self, step: int) -> Manifest:
-        groups = self._groups
         return Manifest(
             step=step,
             samples=step * self._config.train.global_batch_size,
             config=self._config.model_dump(mode="json"),
             config_hash=config_hash(self._config),
-            world={"ranks": rank_and_size()[1], "tensor": groups.tensor.size, "data": groups.data_size},
+            world=self._world(),
             fingerprints=self._fingerprints,
             versions=self._versions,
             frozen=self._frozen_hash,
             parameters={},
         )
+
+    def _world(self) -> dict[str, int]:
+        groups = self._groups
+        sizes = {"tensor": groups.tensor.size, "sequence": groups.sequence.size, "data": groups.data_size}
+        return {"ranks": rank_and_size()[1]} | sizes
 
     def _record(self, name: str) -> Record:
         parameter = self._parameters[name]

@@ -17,6 +17,7 @@ from command_line import Command, TrainingArguments, assert_tells, files, nothin
 from tiny_run import CAPTIONS, CODEBOOK
 
 from megacog.data.shards import Shard, ShardWriter
+from megacog.parallel.groups import Replicas
 from megacog.tokenizers.text import train_text_tokenizer
 from megacog.training import pretrain
 
@@ -33,6 +34,9 @@ from megacog.training import pretrain
         ("train.betas=[2,0.9]", "train.betas.0: expected less than 1"),
         ("parallel.tensor=3", "parallel.tensor 3 does not divide model.num_heads 4"),
         ("parallel.tensor=2", "parallel.tensor = 2 does not divide the 1 ranks"),
+        ("parallel.sequence=2", "parallel.sequence = 2 does not divide the 1 ranks"),
+        ("parallel.sequence=3", "parallel.sequence 3 does not divide model.num_heads 4"),
+        ("parallel={tensor: 2, sequence: 2}", "parallel.tensor 2 with parallel.sequence 2 is not proved"),
         ("train.stage=sequential", "sequential needs model.inherit"),
         ("train.micro_batch_size=3", "global_batch_size 8 is not a multiple of train.micro_batch_size 3"),
     ],
@@ -86,7 +90,8 @@ def test_a_batch_that_ranks_cannot_share_is_refused(
     command: Command, training: TrainingArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = pretrain.build_process_groups
-    monkeypatch.setattr(pretrain, "build_process_groups", lambda tensor: replace(build(tensor), data_size=3))
+    three = Replicas(rank=0, size=3)
+    monkeypatch.setattr(pretrain, "build_process_groups", lambda *sizes: replace(build(*sizes), replicas=three))
     arguments = training()
     with nothing_changes(tmp_path):
         outcome = command("pretrain", *arguments)

@@ -195,6 +195,38 @@ def test_rules_between_keys_are_placed_at_their_section(path: Path) -> None:
     text = message(path, "train.global_batch_size=9")
     assert "train.global_batch_size 9 is not a multiple of train.micro_batch_size 4" in text
     assert "zero_stage 0" in message(path, "train.zero_stage=0")
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+@pytest.mark.parametrize("sequence", [1, 2, 4, 8])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_only_layouts_that_are_proved_are_admitted(path: Path, tensor: int, sequence: int, zero_stage: int) -> None:
+    parallel = f"parallel={{tensor: {tensor}, sequence: {sequence}}}"
+    overrides = ["model.num_heads=8", "train.precision=fp32", f"train.zero_stage={zero_stage}", parallel]
+    refusals = []
+    if tensor > 1 and sequence > 1:
+        refusals.append(f"parallel.tensor {tensor} with parallel.sequence {sequence} is not proved")
+    if tensor > 1 and zero_stage == 3:
+        refusals.append(f"train.zero_stage 3 with parallel.tensor {tensor} would gather")
+        load_config(path, [*overrides, "train.engine=torch", "parallel.sequence=1"])
+    for refusal in refusals:
+        assert refusal in message(path, *overrides)
+    if not refusals:
+        assert load_config(path, overrides).parallel.sequence == sequence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refusal"),
+    [
+        (["parallel.tensor=16", "model.num_heads=16"], "parallel.tensor 16 is not one of the sizes that are proved"),
+        (["parallel.tensor=8"], "parallel.tensor 8 does not divide model.num_heads 4; 4 does"),
+        (["parallel.tensor=4", "model.ffn_size=90"], "parallel.tensor 4 does not divide the MLP width 90; 3 does"),
+        (["parallel.sequence=3"], "parallel.sequence 3 does not divide model.num_heads 4; 2 does"),
+        (["parallel.sequence=4", "model.grid=[3, 6]"], "does not divide the 3 x 6 cells of a frame, 18; 3 does"),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused(path: Path, overrides: list[str], refusal: str) -> None:
+    assert refusal in message(path, *overrides)
     assert "gradient_dtype bf16 needs" in message(path, "train.gradient_dtype=bf16", "train.precision=fp32")
 
 

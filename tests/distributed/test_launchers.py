@@ -85,10 +85,11 @@ def test_training_needs_no_compiler(inputs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run/export/manifest.json").is_file()
 
 
-@pytest.mark.parametrize(("tensor", "zero_stage"), [(1, 3), (2, 1)])
-def test_two_killed_ranks_continue_bitwise(inputs: Path, tmp_path: Path, tensor: int, zero_stage: int) -> None:
+@pytest.mark.parametrize(
+    ("override", "zero_stage"), [("parallel.tensor=1", 3), ("parallel.tensor=2", 1), ("parallel.sequence=2", 2)]
+)
+def test_two_killed_ranks_continue_bitwise(inputs: Path, tmp_path: Path, override: str, zero_stage: int) -> None:
     options = {"engine": "deepspeed", "zero_stage": zero_stage, "precision": "bf16", "steps": 12}
-    override = f"parallel.tensor={tensor}"
     whole = config_of(inputs, tmp_path / "whole", **options)
     run_ranks(["launch/pretrain.py", "--config", str(whole), override], 2, tmp_path / "logs-whole").assert_success()
     arguments = ["launch/pretrain.py", "--config", str(config_of(inputs, tmp_path / "cut", **options)), override]

@@ -21,8 +21,9 @@ from megacog.training import pretrain
 
 pytestmark = pytest.mark.distributed
 PROMPT = "the digit 3 moves left"
-ENGINES = {"torch": ("torch", 0)} | {f"zero-{stage}": ("deepspeed", stage) for stage in (0, 1, 2, 3)}
-"""Name -> train.engine, train.zero_stage."""
+ENGINES = {"torch": ("torch", 0, 1)} | {f"zero-{stage}": ("deepspeed", stage, 1) for stage in (0, 1, 2, 3)}
+ENGINES |= {"sequence": ("deepspeed", 2, 2)}
+"""Name -> train.engine, train.zero_stage, parallel.sequence."""
 BAD_STEPS = [1, 3, 5, 6, 7, 8, 9]
 
 
@@ -60,6 +61,7 @@ def make_runs(folder: Path) -> None:
         for name, busy, dropout in (("alike", True, 0.0), ("busy", True, 0.1), ("quiet", False, 0.1)):
             name = f"{engine}-{name}"
             write_config(folder / f"{name}.yaml", values_of(folder, name, engine, busy, dropout))
+    write_config(folder / "sequence-alike.yaml", values_of(folder, "sequence-alike", "sequence", busy=True))
     for engine in ENGINES:
         name = f"{engine}-bad"
         write_config(folder / f"{name}.yaml", values_of(folder, name, engine, busy=False, steps=12))
@@ -71,12 +73,13 @@ def values_of(
     folder: Path, name: str, engine: str, busy: bool, dropout: float = 0.0, steps: int = 4
 ) -> dict[str, Any]:
     """Configuration of a run; a busy one evaluates and samples every two steps, others never."""
-    kind, zero_stage = ENGINES[engine]
+    kind, zero_stage, sequence = ENGINES[engine]
     values = settings(
         folder / "inputs", folder / name, engine=kind, zero_stage=zero_stage, steps=steps,
         eval_every=2 if busy else 0, learning_rate=1e-3,  # small: differences of rounding must not grow
     )  # fmt: skip
     values["model"] |= {"inherit": str(folder / "base/export"), "mlp_dropout": dropout}
+    values["parallel"] = {"sequence": sequence}
     if busy:
         values["samples"] = {"every": 2, "prompts": [PROMPT]}
     if zero_stage == 3:  # small tensors would otherwise stay whole
@@ -89,9 +92,12 @@ def train_here(folder: Path, values: dict[str, Any]) -> None:
     assert pretrain.main(["--config", str(config)]) == 0
 
 
-@pytest.mark.parametrize("engine", ["zero-1", "zero-3"])
-def test_evaluation_and_samples_of_two_ranks_are_those_of_one(runs: Runs, engine: str) -> None:
+@pytest.mark.parametrize("engine", ["zero-1", "zero-3", "sequence"])
+def test_steps_evaluation_samples_and_export_of_two_ranks_are_those_of_one(runs: Runs, engine: str) -> None:
     name = f"{engine}-alike"
+    for mine, theirs in zip(runs.numbers(name), runs.numbers("alone"), strict=True):
+        assert mine[0] == theirs[0] and mine[1] == pytest.approx(theirs[1], rel=1e-5)
+        assert mine[2] == pytest.approx(theirs[2], rel=1e-5) and mine[3] == pytest.approx(theirs[3], rel=1e-4)
     expected, found = runs.records("alone", "eval"), runs.records(name, "eval")
     assert [record["step"] for record in found] == [record["step"] for record in expected] == [2, 4]
     for one, other in zip(found, expected, strict=True):
@@ -100,8 +106,11 @@ def test_evaluation_and_samples_of_two_ranks_are_those_of_one(runs: Runs, engine
     for step in (2, 4):
         for file in ("contact_sheet.png", "00.gif"):
             place = Path(f"samples/step-{step:07d}", file)
-            mine, theirs = ((runs.folder / run / place).read_bytes() for run in (name, "alone"))
-            assert mine == theirs, place
+            images = [(runs.folder / run / place).read_bytes() for run in (name, "alone")]
+            assert images[0] == images[1], place
+    exports = [open_export(runs.folder / run / "export") for run in (name, "alone")]
+    for tensor in exports[1].files:
+        torch.testing.assert_close(exports[0].tensor(tensor), exports[1].tensor(tensor), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ["zero-1", "zero-3"])

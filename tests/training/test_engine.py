@@ -10,13 +10,12 @@ import torch
 from megacog.config.schema import Config
 from megacog.errors import ConfigError
 from megacog.parallel.groups import ProcessGroups
-from megacog.parallel.tensor import TensorParallel
 from megacog.training.comparison import run_step, small_config, small_engine
 from megacog.training.engine import deepspeed_config
 from megacog.training.optimizer import build_optimizer, decays
 from megacog.training.plain_engine import PlainEngine
 
-ALONE = ProcessGroups(TensorParallel(), 0, 1, None)
+ALONE = ProcessGroups()
 
 
 def with_deepspeed(config: Config, **settings: Any) -> Config:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask, visible_keys
+from megacog_kernels.grid import MaskSpec, VideoGrid, dense_mask, visible, visible_keys
 from megacog_kernels.products import through_fp32
 
 
@@ -196,10 +196,11 @@ def _dense_mask(mask: MaskSpec, grid: VideoGrid) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _frame_masks(mask: MaskSpec, grid: VideoGrid) -> list[tuple[list[int], np.ndarray]]:
     """For every query frame: the frames of which it sees anything, and what of them: bool [P, K]."""
-    T, P = grid.frames, grid.cells
-    allowed_TPTP = dense_mask(mask, grid).reshape(T, P, T, P)
+    frames, cells = np.arange(grid.frames), np.arange(grid.cells, dtype=np.int32)
     masks = []
-    for allowed_PTP in allowed_TPTP:
-        keys = np.flatnonzero(allowed_PTP.any(axis=(0, 2)))
-        masks.append((keys.tolist(), np.ascontiguousarray(allowed_PTP[:, keys].reshape(P, -1))))
+    for query in frames:
+        # One pair of frames at a time: over all at once, a large grid would take gigabytes.
+        pairs = (visible(mask, grid, query, cells[:, None], key, cells) for key in frames)
+        seen = {key: pair for key, pair in enumerate(pairs) if pair.any()}
+        masks.append((list(seen), np.concatenate(list(seen.values()), axis=1)))
     return masks
