@@ -14,7 +14,7 @@ PROOFS = {
     "rates": ("megacog.evaluation.rates", "EXPORT: at twice the frame rate the digit moves half as far per frame"),
     "engines": (
         "megacog.training.comparison",
-        "DeepSpeed ZeRO 0-3 x tensor parallelism against the plain engine, step by step, in fp32",
+        "every layout of ranks and engine against the plain engine on one rank, step by step, in fp32",
     ),
     "idle": ("megacog.evaluation.idle", "BEFORE AFTER: training one attention-plus leaves base and other set as is"),
 }
