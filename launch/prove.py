@@ -14,7 +14,7 @@ PROOFS = {
     "rates": ("megacog.evaluation.rates", "EXPORT: at twice the frame rate the digit moves half as far per frame"),
     "engines": (
         "megacog.training.comparison",
-        "DeepSpeed ZeRO 0-3 x tensor parallelism against the plain engine, step by step, in fp32",
+        "every layout of ranks and engine against the plain engine on one rank, step by step, in fp32",
     ),
     "predict": ("megacog.training.predict", "step time and memory of a deep model from two shallow ones"),
     "memorize": ("megacog.training.memorize", "RUN_DIR: 16 clips by heart, through a kill and a bitwise resume"),

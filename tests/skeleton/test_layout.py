@@ -87,7 +87,8 @@ def test_console_commands_lead_to_functions() -> None:
     from megacog import commands
 
     targets = re.findall(r'"megacog-[a-z-]+=megacog\.commands:(\w+)"', (ROOT / "setup.py").read_text())
-    functions = [name for name, value in vars(commands).items() if getattr(value, "__module__", "") == commands.__name__]
+    own = commands.__name__
+    functions = [name for name, value in vars(commands).items() if getattr(value, "__module__", "") == own]
     assert sorted(targets) == sorted(functions)
 
 
