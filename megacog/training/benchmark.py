@@ -22,6 +22,7 @@ import torch
 from megacog.config.schema import TrainConfig
 from megacog.errors import EXIT_DONE, EXIT_FAULT, MegacogError
 from megacog.metrics.profile import KINDS
+from megacog.planning.plan import plan_peak
 from megacog.runtime.cli import run
 from megacog.runtime.files import atomic_file
 from megacog.runtime.hardware import describe_device
@@ -64,6 +65,8 @@ class Row:
     case: Case
     measured: Measured | None
     failed: str = ""
+    planned_bytes: float | None = None
+    """Most bytes of tensors that the planner expects; None where it does not know the case."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     precision = case_config(path, cases[0], tuple(arguments.overrides)).train.precision
     matmul, copy = matmul_tflops(device, DTYPES[precision]), copy_bandwidth(device)
     print(f"{describe_device()}\nmatmul {matmul:.3g} TFLOP/s in {precision}, copy {copy / 1e12:.3g} TB/s; {path}")
-    print(f"memory: most {what(device)}\n\n{header()}", flush=True)
+    print(f"memory: most {what(device)}; planned: tensors alone\n\n{header()}", flush=True)
     whole = gpu and path == GPU_CONFIG and not arguments.overrides
     rows: list[Row] = []
     for case in cases:
@@ -125,25 +128,29 @@ def choose_cases(micro_batch: int, only: str = "") -> list[Case]:
 
 def attempt(path: Path, case: Case, overrides: tuple[str, ...], device: torch.device, seconds: float) -> Row:
     """A row for a case; one that fails says why, and the others are measured all the same."""
+    planned = None
     try:
-        return Row(case, measure(case_config(path, case, overrides), case, device, seconds))
+        config = case_config(path, case, overrides)
+        planned = None if case.fp8 else plan_peak(config, 1, case.policy, case.micro_batch, device.type == "cuda")
+        return Row(case, measure(config, case, device, seconds), planned_bytes=planned)
     except Exception as error:
-        return Row(case, None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        return Row(case, None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", planned)
 
 
 def header() -> str:
-    columns = f"{'step s':>8} {'tokens/s':>9} {'model':>8} {'hardware':>8} {'/matmul':>7} {'GiB':>7}"
+    columns = f"{'step s':>8} {'tokens/s':>9} {'model':>8} {'hardware':>8} {'/matmul':>7} {'GiB':>7} {'planned':>7}"
     return f"{'case':44} {columns}   model and hardware in TFLOP/s"
 
 
 def line(row: Row, matmul: float) -> str:
     """One row of the table."""
     found = row.measured
+    planned = "" if row.planned_bytes is None else f"{row.planned_bytes / GIB:7.2f}"
     if found is None:
-        return f"{row.case.name:44} failed: {row.failed}"
+        return f"{row.case.name:44} failed (planned {planned.strip()} GiB): {row.failed}"
     return (
         f"{row.case.name:44} {found.seconds:8.3f} {found.tokens_per_second:9.0f} {found.model_tflops:8.3g} "
-        f"{found.hardware_tflops:8.3g} {found.model_tflops / matmul:7.3f} {found.peak_bytes / GIB:7.2f}"
+        f"{found.hardware_tflops:8.3g} {found.model_tflops / matmul:7.3f} {found.peak_bytes / GIB:7.2f} {planned}"
     )
 
 
@@ -183,6 +190,9 @@ def goals(rows: Sequence[Row], matmul: float) -> list[Goal]:
     def gib(case: Case) -> float | None:
         return float("inf") if case in tried - set(measured) else of(case, lambda found: found.peak_bytes / GIB)
 
+    off = [
+        abs(row.planned_bytes / row.measured.peak_bytes - 1) for row in rows if row.measured and row.planned_bytes
+    ]  # fmt: skip
     speed_up = None
     if plain in measured and fp8 in measured:
         speed_up = measured[fp8].tokens_per_second / measured[plain].tokens_per_second
@@ -191,6 +201,7 @@ def goals(rows: Sequence[Row], matmul: float) -> list[Goal]:
         Goal(f"{windows.name}: model TFLOP/s / matmul", 0.63, True, of(windows, lambda m: m.model_tflops / matmul)),
         Goal(f"{plain.name}: GiB", MEMORY_LIMIT / GIB, False, gib(plain)),
         Goal(f"{selective.name}: GiB", MEMORY_LIMIT / GIB, False, gib(selective)),
+        Goal("planned memory off the measured, worst case", 0.08, False, max(off, default=None)),
         Goal("head and loss: share of device time", 0.015, False, of(plain, lambda m: m.profile.shares["head"])),
         Goal("fp8 base / bf16: tokens/s", 1.15, True, speed_up),
         Goal(
@@ -216,9 +227,9 @@ def as_json(row: Row) -> dict[str, Any]:
     """A row with what follows from it."""
     found = row.measured
     if found is None:
-        return {"case": row.case.name, "failed": row.failed}
+        return {"case": row.case.name, "failed": row.failed, "planned_bytes": row.planned_bytes}
     return {
-        **asdict(found), "case": row.case.name, "model_tflops": found.model_tflops,
+        **asdict(found), "case": row.case.name, "planned_bytes": row.planned_bytes, "model_tflops": found.model_tflops,
         "hardware_tflops": found.hardware_tflops, "attention_tflops": found.attention_tflops,
         "shares": found.profile.shares, "idle": found.idle,
     }  # fmt: skip
