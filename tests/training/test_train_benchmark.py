@@ -37,8 +37,7 @@ def test_every_case_runs_on_a_cpu_and_is_written(tmp_path: Path, capsys: pytest.
 def test_a_case_that_fails_says_why_and_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = benchmark.measure
-
+    monkeypatch.setattr(benchmark, "plan_peak", lambda *arguments: 2.0**30)
     def out_of_memory(config: object, case: Case, *more: object) -> Measured:
         if case.policy == "selective":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
@@ -47,9 +46,8 @@ def test_a_case_that_fails_says_why_and_does_not_stop_the_others(
     monkeypatch.setattr(benchmark, "measure", out_of_memory)
     assert benchmark.main(["--micro-batch", "2", *TINY]) == 1
     printed = capsys.readouterr().out
-    assert "GiB): OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n" in printed
+    assert "failed (planned 1.00 GiB): OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n" in printed
     assert "interpolation, micro batch 2  " in printed
-    monkeypatch.setattr(benchmark, "measure", right)
     with pytest.raises(MegacogError, match="'nothing' is part of no case: sequential"):
         choose_cases(8, "nothing")
 
