@@ -13,10 +13,11 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -118,9 +119,7 @@ def _run(config: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, ker
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(ledger.consume)
-        if gpu:
-            fuse_dropouts(model)
-        with ledger:
+        with fused_dropouts() if gpu else nullcontext(), ledger:
             loss = model(**inputs, stage=stage).loss
             saved = ledger.live
             loss.backward()
@@ -247,15 +246,15 @@ def _visible_pairs(code: tuple[int, ...]) -> int:
     return int(pairs_T[list(asking)].sum() if asking else pairs_T.sum())
 
 
-def fuse_dropouts(model: nn.Module) -> None:
-    """Let dropouts run as on a GPU, where each is one kernel that keeps a mask of a byte per element."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p:
-            module.forward = partial(_fused_dropout, module.p)  # type: ignore[method-assign]
+@contextmanager
+def fused_dropouts() -> Iterator[None]:
+    """Dropouts run as on a GPU, where each is one kernel that keeps a mask of a byte per element."""
+    with mock.patch.object(nn.Dropout, "forward", _fused_dropout):
+        yield
 
 
-def _fused_dropout(p: float, x: Tensor) -> Tensor:
-    return torch.native_dropout(x, p, True)[0]
+def _fused_dropout(module: nn.Dropout, x: Tensor) -> Tensor:
+    return torch.native_dropout(x, module.p, True)[0] if module.p and module.training else x
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.planning.memory import engine_state
 from megacog.planning.plan import accumulation_steps, count_elements, data_parallel, plan_peak, replicas
-from megacog.planning.trace import Ledger, fuse_dropouts
+from megacog.planning.trace import Ledger, fused_dropouts
 from megacog.runtime.cli import run
 from megacog.training.engine import build_engine
 from megacog.training.precision import DTYPES
@@ -109,7 +109,6 @@ def _fake_model(config: Config, groups: ProcessGroups) -> CogVideo:
         model = CogVideo(config.model, plus, groups.tensor, train.activation_checkpointing, "triton", groups.sequence)
     finally:
         torch.set_default_dtype(dtype)
-    fuse_dropouts(model)
     model.trainable(train.stage)
     return model
 
@@ -145,6 +144,7 @@ def _no_data() -> Iterator[None]:
         stack.enter_context(mock.patch.object(Tensor, "data_ptr", lambda _: 0))
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda module, *_, **__: module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(fused_dropouts())
         stack.enter_context(_AnswerScalars())
         yield
 
