@@ -115,7 +115,7 @@ class Sampler:
             choose=chooser(settings, stage, clusters),
             text_bias=settings.text_bias_of(stage),
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
-            cuda_graphs=settings.cuda_graphs,
+            cuda_graphs=False,  # ZeRO 3 gathers weights as they are used, and NCCL's watchdog disturbs captures
         )
 
     def _store(self, folder: Path, captions: list[str], codes_BTP: Tensor) -> None:
