@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from megacog.config.generation import GenerationConfig as GenerationConfig
 from megacog.config.section import Checkpointing as Checkpointing
+from megacog.config.section import BasePrecision as BasePrecision
 from megacog.config.section import Kernels as Kernels
 from megacog.config.section import PlusStage as PlusStage
 from megacog.config.section import Section as Section
@@ -244,6 +245,10 @@ class TrainConfig(Section):
     """Compute dtype. bf16 keeps fp32 masters of what is trained."""
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
     """What gradients are summed in over the micro batches of a step. bf16 saves memory and rounds every sum."""
+    base_precision: BasePrecision | None = None
+    """Stages sequential and interpolation: fp8 holds the frozen base's matrices in e4m3 and multiplies there, with
+    activations quantized row by row; null = in precision. Needs a GPU of compute capability 8.9, or a CPU. Checkpoints
+    and exports keep the base as it was."""
     kernels: Kernels = "auto"
     """Attention, norms, gates and loss: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -280,6 +285,18 @@ class TrainConfig(Section):
     never: fail if there is one."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per rank; null = cores / local ranks."""
+
+    @model_validator(mode="after")
+    def _base_precision_fits(self) -> TrainConfig:
+        if self.base_precision is None:
+            return self
+        if self.stage == "base":
+            raise ValueError("base_precision fp8 is for a frozen base, and stage base trains it; leave it out")
+        if self.precision != "bf16":
+            raise ValueError(f"base_precision fp8 gives products in bf16, and precision is {self.precision}; set bf16")
+        if self.engine == "deepspeed" and self.zero_stage == 3:
+            raise ValueError("base_precision fp8 holds the base whole on every rank, and zero_stage 3 cuts it; use 2")
+        return self
 
 
 class ParallelConfig(Section):
@@ -335,6 +352,13 @@ class Config(Section):
             raise ValueError(f"parallel.tensor {tensor} does not divide model.num_heads {model.num_heads}")
         if model.ffn % tensor:
             raise ValueError(f"parallel.tensor {tensor} does not divide the MLP width {model.ffn}")
+        sides = {"hidden_size": model.hidden_size, "MLP width": model.ffn}
+        odd = [name for name, side in sides.items() if train.base_precision and side % (16 * tensor)]
+        if odd:
+            raise ValueError(
+                f"train.base_precision fp8 needs matrices whose sides are multiples of 16 on every rank: model "
+                f"{' and '.join(odd)} must be multiples of 16 x parallel.tensor {tensor}"
+            )
         if train.global_batch_size % train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size {train.global_batch_size} is not a multiple of "

@@ -1,6 +1,7 @@
 """Linear and embedding layers whose weights are cut over tensor-parallel ranks.
 
-With one rank they are the ordinary layers. Shapes: C width, V vocabulary, `...` any leading dims.
+With one rank they are the ordinary layers. The linear ones may hold a frozen weight in e4m3, when they have a
+`weight_scale` (`megacog.parallel.fp8`). Shapes: C width, V vocabulary, `...` any leading dims.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megacog.parallel.fp8 import input_gradient, product
 from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import ShardSpec, TensorParallel, copy_to_ranks, mark_sharded, sum_over_ranks
 from megacog_kernels.dispatch import Implementation
@@ -31,38 +33,44 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(shard.local_length(parallel.size)))
         mark_sharded(self.weight, shard, parallel.size)
         mark_sharded(self.bias, shard, parallel.size)
+        self.register_buffer("weight_scale", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., features_out / ranks]."""
-        return F.linear(copy_to_ranks(x, self.parallel), self.weight, self.bias)
+        return product(copy_to_ranks(x, self.parallel), self.weight, self.weight_scale, self.bias)
 
 
 class _SummedProduct(torch.autograd.Function):
     """x @ weight^T, summed over the ranks, + bias; kept where layers are recomputed: much work for little memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, parallel: TensorParallel) -> Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        (out,) = kept(lambda: (_summed_product(x, weight, bias, parallel),))
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor, parallel: TensorParallel
+    ) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, weight_scale)
+        (out,) = kept(lambda: (_summed_product(x, weight, weight_scale, bias, parallel),))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        x, weight, weight_scale = ctx.saved_tensors
+        of_x, of_weight, _, of_bias = ctx.needs_input_grad[:4]
         rows = grad.flatten(0, -2)
         return (
-            grad @ weight if of_x else None,
+            input_gradient(grad, weight, weight_scale) if of_x else None,
             rows.T @ x.flatten(0, -2) if of_weight else None,
+            None,
             rows.sum(dim=0) if of_bias else None,
             None,
         )
 
 
-def _summed_product(x: Tensor, weight: Tensor, bias: Tensor, parallel: TensorParallel) -> Tensor:
+def _summed_product(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor, parallel: TensorParallel
+) -> Tensor:
     if parallel.size == 1:
-        return F.linear(x, weight, bias)
-    out = F.linear(x, weight)
+        return product(x, weight, weight_scale, bias)
+    out = product(x, weight, weight_scale)
     dist.all_reduce(out, group=parallel.group)
     return out.add_(bias)
 
@@ -78,10 +86,11 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(features_out, features_in // parallel.size))
         self.bias = nn.Parameter(torch.empty(features_out))
         mark_sharded(self.weight, ShardSpec(dim=1, length=features_in), parallel.size)
+        self.register_buffer("weight_scale", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., features_in / ranks] -> [..., features_out]."""
-        out: Tensor = _SummedProduct.apply(x, self.weight, self.bias, self.parallel)
+        out: Tensor = _SummedProduct.apply(x, self.weight, self.weight_scale, self.bias, self.parallel)
         return out
 
 

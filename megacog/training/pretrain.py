@@ -36,6 +36,7 @@ from megacog.metrics.throughput import Throughput
 from megacog.model.flops import tokens_per_sample, training_flops
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
+from megacog.parallel.fp8 import check_device, hold_in_fp8
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.parallel.tensor import materialize
 from megacog.runtime import log as logs
@@ -270,9 +271,12 @@ def build_model(
     plus = () if stage == "base" else (stage,)
     with torch.device("meta"):
         model = CogVideo(config.model, plus, groups.tensor, config.train.activation_checkpointing, config.train.kernels)
+    model.trainable(stage)
+    if config.train.base_precision == "fp8":
+        check_device(device)
+        hold_in_fp8(model.layers)
     materialize(model, device, DTYPES[config.train.precision])
     model.choose_kernels()
-    model.trainable(stage)
     if checkpoint is None:
         return model, None, start_weights(config, model, export)
     path, manifest = checkpoint

@@ -40,16 +40,36 @@ def quantize_rows(
     width = x_RC.shape[1]
     unfit = f"rows of {width} are longer than {WIDEST}" if width > WIDEST else None
     chosen = choose("quantize_rows", implementation, x_RC.device, x_RC.dtype, f"width {width}", unfit)
-    if chosen == "reference":
-        return reference.quantize_rows(x_RC, columns_C)
-    return run_quantize(x_RC.contiguous(), columns_C)
+    codes_RC, scale_R1 = torch.ops.megacog.quantize_rows(x_RC.contiguous(), columns_C, chosen == "triton")
+    return codes_RC, scale_R1
 
 
 def transposed(codes: Tensor, *, implementation: Implementation = "auto") -> Tensor:
     """The transpose of a contiguous e4m3 matrix, contiguous."""
-    if choose("transposed", implementation, codes.device, torch.bfloat16, "one byte") == "reference":
-        return reference.transposed(codes)
-    return run_transpose(codes)
+    chosen = choose("transposed", implementation, codes.device, torch.bfloat16, "one byte")
+    turned: Tensor = torch.ops.megacog.transposed_bytes(codes, chosen == "triton")
+    return turned
+
+
+@torch.library.custom_op("megacog::quantize_rows", mutates_args=())
+def _quantize_rows(x_RC: Tensor, columns_C: Tensor | None, triton: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of contiguous rows. One operator either way, so that whoever traces a model sees its result."""
+    return (run_quantize if triton else reference.quantize_rows)(x_RC, columns_C)
+
+
+@_quantize_rows.register_fake
+def _(x_RC: Tensor, columns_C: Tensor | None, triton: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_RC, dtype=E4M3), x_RC.new_empty(len(x_RC), 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("megacog::transposed_bytes", mutates_args=())
+def _transposed(codes: Tensor, triton: bool) -> Tensor:
+    return (run_transpose if triton else reference.transposed)(codes)
+
+
+@_transposed.register_fake
+def _(codes: Tensor, triton: bool) -> Tensor:
+    return codes.new_empty(codes.shape[1], codes.shape[0])
 
 
 def fp8_product(

@@ -32,4 +32,4 @@ def quantize_rows(x_RC: Tensor, columns_C: Tensor | None) -> tuple[Tensor, Tenso
 
 def transposed(codes: Tensor) -> Tensor:
     """[C, R] in memory of its own."""
-    return codes.t().contiguous()
+    return codes.t().clone(memory_format=torch.contiguous_format)
