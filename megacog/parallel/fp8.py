@@ -48,8 +48,8 @@ def check_device(device: torch.device) -> None:
     if found < _CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise EnvError(
-            f"base_precision fp8 needs compute capability 8.9 (Ada, Hopper or later); {name} has {found[0]}.{found[1]}; "
-            "set it to null"
+            f"base_precision fp8 needs compute capability 8.9 (Ada, Hopper or later); {name} has "
+            f"{found[0]}.{found[1]}; set it to null"
         )
 
 
@@ -70,7 +70,7 @@ def _hold(layer: nn.Module) -> None:
     if weight.requires_grad:
         raise ValueError("a trained weight cannot be held in e4m3")
     if any(side % SIDE for side in weight.shape):
-        raise ValueError(f"a matrix {tuple(weight.shape)} has sides that are no multiples of {SIDE}: it cannot be in e4m3")
+        raise ValueError(f"a matrix {tuple(weight.shape)} cannot be held in e4m3: sides are no multiples of {SIDE}")
     codes = nn.Parameter(torch.empty_like(weight, dtype=torch.uint8), requires_grad=False)
     vars(codes).update(vars(weight))
     layer.weight = codes
