@@ -49,14 +49,14 @@ def compare(folder: Path, stage: str, steps: str, *tensor_sizes: str) -> dict[st
 
 
 def resume(folder: Path, tensor: str, *engines: str) -> dict[str, Any]:
-    """By engine (name-zero-precision): are losses and states after 4 + resume + 4 steps bitwise those of 8?"""
+    """By engine (name-zero-precision, perhaps -offload): are losses and states after 4 + resume + 4 steps bitwise those of 8?"""
     groups = build_process_groups(int(tensor))
     found = {}
     for name in engines:
-        engine, zero_stage, precision = name.split("-")
+        engine, zero_stage, precision, *offload = name.split("-")
         config = small_config(engine, int(zero_stage), int(tensor), 2 * STEPS, precision)
         run_dir = folder / f"{name}-tensor-{tensor}"
-        train = config.train.model_copy(update={"run_dir": str(run_dir)})
+        train = config.train.model_copy(update={"run_dir": str(run_dir), "offload_optimizer": bool(offload)})
         found[name] = resumes_bitwise(config.model_copy(update={"train": train}), groups)
     return found
 

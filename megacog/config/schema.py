@@ -253,6 +253,9 @@ class TrainConfig(Section):
     """Attention, norms, gates and loss: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed: what is cut over data-parallel ranks (1 optimizer, 2 gradients, 3 weights)."""
+    offload_optimizer: bool = False
+    """Keep AdamW's moments and the fp32 masters in the host's memory and update there (12 bytes per trained parameter
+    less on the device; ZeRO 1): for few cards with little memory and many micro batches per step."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -285,6 +288,18 @@ class TrainConfig(Section):
     never: fail if there is one."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads per rank; null = cores / local ranks."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> TrainConfig:
+        if not self.offload_optimizer:
+            return self
+        if self.engine != "deepspeed":
+            raise ValueError("offload_optimizer is done by engine deepspeed; set it, or leave offload_optimizer out")
+        if self.zero_stage != 1:
+            why = {0: "with 0 there is no offload", 2: "with 2 DeepSpeed would add up the gradients of micro batches in "
+                   "bf16 on the host", 3: "with 3 it is not supported"}[self.zero_stage]  # fmt: skip
+            raise ValueError(f"offload_optimizer needs zero_stage 1: {why}")
+        return self
 
     @model_validator(mode="after")
     def _base_precision_fits(self) -> TrainConfig:

@@ -357,6 +357,7 @@ def announce(config: Config, ranks: Ranks, groups: ProcessGroups, accumulation: 
     """What is about to happen, once."""
     train = config.train
     engine = f"deepspeed, ZeRO {train.zero_stage}" if train.engine == "deepspeed" else "torch"
+    engine += ", optimizer on the host" if train.offload_optimizer else ""
     log.info("configuration %s:\n%s", config_hash(config)[:12], dump_config(config).rstrip())
     log.info("%s", tables)
     log.info(

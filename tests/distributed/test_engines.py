@@ -16,7 +16,7 @@ TOLERANCE = 1e-5
 COMPARED = "compare:sequential,20,1,2"
 ALL_TRAINED = "compare:base,3,1,2"
 SUMS = "sums:1,2,3"
-RESUMED = "resume:1,torch-0-bf16,deepspeed-1-bf16,deepspeed-2-fp32,deepspeed-3-bf16"
+RESUMED = "resume:1,torch-0-bf16,deepspeed-1-bf16,deepspeed-2-fp32,deepspeed-3-bf16,deepspeed-1-bf16-offload"
 
 
 @pytest.fixture(scope="module")
