@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megacog.config.generation import GenerationConfig as GenerationConfig
-from megacog.config.section import Checkpointing as Checkpointing
 from megacog.config.section import BasePrecision as BasePrecision
+from megacog.config.section import Checkpointing as Checkpointing
 from megacog.config.section import Kernels as Kernels
 from megacog.config.section import PlusStage as PlusStage
 from megacog.config.section import Section as Section
@@ -296,9 +296,12 @@ class TrainConfig(Section):
         if self.engine != "deepspeed":
             raise ValueError("offload_optimizer is done by engine deepspeed; set it, or leave offload_optimizer out")
         if self.zero_stage != 1:
-            why = {0: "with 0 there is no offload", 2: "with 2 DeepSpeed would add up the gradients of micro batches in "
-                   "bf16 on the host", 3: "with 3 it is not supported"}[self.zero_stage]  # fmt: skip
-            raise ValueError(f"offload_optimizer needs zero_stage 1: {why}")
+            why = {
+                0: "with 0 there is no offload",
+                2: "with 2 DeepSpeed would add up the gradients of micro batches in bf16 on the host",
+                3: "with 3 it is not supported",
+            }
+            raise ValueError(f"offload_optimizer needs zero_stage 1: {why[self.zero_stage]}")
         return self
 
     @model_validator(mode="after")
