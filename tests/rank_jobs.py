@@ -49,7 +49,7 @@ def compare(folder: Path, stage: str, steps: str, *tensor_sizes: str) -> dict[st
 
 
 def resume(folder: Path, tensor: str, *engines: str) -> dict[str, Any]:
-    """By engine (name-zero-precision, or with -offload): are losses and states after 4 + resume + 4 steps those of 8?"""
+    """By engine (name-zero-precision[-offload]): are losses and states after 4 + resume + 4 steps those of 8?"""
     groups = build_process_groups(int(tensor))
     found = {}
     for name in engines:

@@ -22,6 +22,7 @@ Shapes: R rows, K features in, N features out, `...` any leading dims.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -53,15 +54,16 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def hold_in_fp8(module: nn.Module) -> None:
-    """Let every parallel linear layer in `module` hold its frozen weight in e4m3 from now on, uninitialized.
+def hold_in_fp8(modules: Iterable[nn.Module]) -> None:
+    """Let every parallel linear layer in `modules` hold its frozen weight in e4m3 from now on, uninitialized.
 
-    Names, shapes and shards of parameters stay; `load_weight` fills them. To be called while the module is on the
+    Names, shapes and shards of parameters stay; `load_weight` fills them. To be called while they are on the
     meta device, so that the weights never exist in another precision.
     """
-    for layer in module.modules():
-        if hasattr(layer, "weight_scale"):
-            _hold(layer)
+    for module in modules:
+        for layer in module.modules():
+            if hasattr(layer, "weight_scale"):
+                _hold(layer)
 
 
 def _hold(layer: nn.Module) -> None:

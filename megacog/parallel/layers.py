@@ -33,6 +33,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(shard.local_length(parallel.size)))
         mark_sharded(self.weight, shard, parallel.size)
         mark_sharded(self.bias, shard, parallel.size)
+        self.weight_scale: Tensor | None
         self.register_buffer("weight_scale", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,6 +87,7 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(features_out, features_in // parallel.size))
         self.bias = nn.Parameter(torch.empty(features_out))
         mark_sharded(self.weight, ShardSpec(dim=1, length=features_in), parallel.size)
+        self.weight_scale: Tensor | None
         self.register_buffer("weight_scale", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def held_linear(weight: Tensor, bias: Tensor) -> ColumnParallelLinear:
     with torch.device("meta"):
         layer = ColumnParallelLinear(weight.shape[1], weight.shape[0], TensorParallel())
     layer.requires_grad_(False)
-    hold_in_fp8(layer)
+    hold_in_fp8([layer])
     materialize(layer, "cpu", torch.bfloat16)
     load_weight(layer, weight)
     layer.bias.copy_(bias)
@@ -112,10 +112,10 @@ def test_what_is_not_finite_shows_in_both_directions() -> None:
 def test_only_frozen_bf16_matrices_with_sides_that_divide() -> None:
     layer = ColumnParallelLinear(32, 48, TensorParallel())
     with pytest.raises(ValueError, match="trained weight"):
-        hold_in_fp8(layer)
+        hold_in_fp8([layer])
     odd = RowParallelLinear(32, 40, TensorParallel()).requires_grad_(False)
     with pytest.raises(ValueError, match=r"\(40, 32\).*multiples of 16"):
-        hold_in_fp8(odd)
+        hold_in_fp8([odd])
     held = held_linear(random(48, 32), random(48))
     with pytest.raises(ValueError, match="bfloat16"):
         product(torch.randn(2, 32), held.weight, held.weight_scale)

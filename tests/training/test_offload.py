@@ -60,6 +60,17 @@ def test_resuming_is_bitwise(inputs: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one.tensor(name), other.tensor(name)) for name in one.files)
 
 
+def test_a_checkpoint_from_the_host_goes_on_on_the_device(inputs: Path, tmp_path: Path) -> None:
+    exact = {"precision": "fp32", "learning_rate": 1e-3, "eval_every": 0}
+    run(tmp_path, values(inputs, tmp_path / "run", **exact))
+    host = numbers(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-0000008")
+    shutil.rmtree(tmp_path / "run/export")
+    run(tmp_path, values(inputs, tmp_path / "run", **exact, offload_optimizer=False), "train.resume=must")
+    for mine, theirs in zip(numbers(tmp_path / "run"), host, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
 def test_deepspeed_is_told_to_offload_and_to_take_the_optimizer_it_is_given() -> None:
     config = small_config("deepspeed", 1, 1, 1, "bf16")
     config = config.model_copy(update={"train": config.train.model_copy(update={"offload_optimizer": True})})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from tiny_run import make_inputs, settings, write_config
 from tracked_memory import TrackedMemory
 
 from megacog.config.load import load_config
+from megacog.errors import EnvError
 from megacog.model.transformer import CogVideo
 from megacog.parallel.fp8 import hold_in_fp8
-from megacog.training import pretrain
+from megacog.training import one_card, pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs/cogvideo-9b-single-48gb.yaml"
@@ -57,11 +59,12 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A sequential run of a model whose weights outweigh everything else, on a base of its own."""
     folder = tmp_path_factory.mktemp("inputs")
     inputs = make_inputs(folder)
-    large = {"num_layers": 3, "hidden_size": 256}
+    large = {"num_layers": 2, "hidden_size": 256}
     base = settings(inputs, folder / "base", "base", engine="torch", steps=1, eval_every=0)
     base["model"] |= large
     assert pretrain.main(["--config", str(write_config(folder / "base.yaml", base))]) == 0
-    run = settings(inputs, folder / "run", "sequential", precision="bf16", steps=2, micro_batch_size=1, eval_every=0)
+    run = settings(inputs, folder / "run", "sequential", precision="bf16", steps=2, eval_every=0)
+    run["train"] |= {"global_batch_size": 2, "micro_batch_size": 1}
     run["model"] |= large | {"inherit": str(folder / "base/export")}
     run["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": BUCKET}}
     return run
@@ -98,3 +101,25 @@ def test_a_small_run_stays_below_the_cap_that_the_arithmetic_gives(values: dict[
     assert device + host < peak(values, tmp_path / "run", cap, **ONE_CARD) <= cap
     with pytest.raises(MemoryError):
         peak(values, tmp_path / "in-bf16", cap, **ONE_CARD | {"base_precision": None})
+
+
+def test_the_proof_trains_a_small_model_of_the_same_run(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [
+        "model.num_layers=2", "model.hidden_size=64", "model.num_heads=4", "model.grid=[4,4]", "model.boi_id=3",
+        "model.base_positions=600", "model.image_vocab_size=64", "model.text_vocab_size=96", "train.threads=1",
+    ]  # fmt: skip
+    assert one_card.main(["--config", str(CONFIG), *small, "train.micro_batch_size=2"]) == 0
+    out = capsys.readouterr().out
+    assert "without a limit" in out and "step 2: 2 micro batches of 2, loss 4.1" in out
+
+
+def test_a_card_smaller_than_the_limit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(total_memory=40 * 2**30)
+    fractions: list[float] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    device = torch.device("cuda")
+    assert one_card.limit(device, 30) == "of which 30 GiB may be used" and fractions == [0.75]
+    with pytest.raises(EnvError, match=r"--gib 44 is more than the 40.0 GiB of Card"):
+        one_card.limit(device, 44)
