@@ -17,7 +17,7 @@ PROOFS = {
         "DeepSpeed ZeRO 0-3 x tensor parallelism against the plain engine, step by step, in fp32",
     ),
     "fp8": ("megacog.training.fp8_gap", "a base in e4m3 trains as in bf16: loss gap against the spread over seeds"),
-    "one-card": (
+    "fits": (
         "megacog.training.one_card",
         "a run's model, engine and micro batch within a given memory of a GPU, on random weights",
     ),

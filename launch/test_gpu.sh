@@ -5,7 +5,7 @@
 #
 #   OUT   folder for logs and json files
 #   PART  tests (pytest tests/kernels, compiled), sanitizer (compute-sanitizer on small shapes), kernels, fused,
-#         cross_entropy, tiles (benchmarks), one-card (9B within 44 GiB); default: all but tiles. A part that fails does not stop the others.
+#         cross_entropy, tiles (benchmarks), fits (9B within 44 GiB); default: all but tiles. A part that fails does not stop the others.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -36,7 +36,7 @@ for part in "${parts[@]}"; do
                 --target-processes all python -m pytest -q -x "${small[@]}") ;;
         kernels | fused | cross_entropy | tiles)
             command=(python launch/benchmark.py "$part" --json "$out/$part.json") ;;
-        one-card) command=(python launch/prove.py one-card) ;;
+        fits) command=(python launch/prove.py fits) ;;
         *) echo "error: unknown part $part; see launch/test_gpu.sh --help" >&2; exit 2 ;;
     esac
     printf '\n== %s\n' "$part"

@@ -1,6 +1,6 @@
 """Proof that a run trains within a given memory: its own model, engine and micro batch, on random weights and codes.
 
-    python launch/prove.py one-card [--config configs/cogvideo-9b-single-48gb.yaml] [--gib 44] [key=value ...]
+    python launch/prove.py fits [--config configs/cogvideo-9b-single-48gb.yaml] [--gib 44] [key=value ...]
 
 On a GPU torch may take no more than --gib, whatever the card has; a run that needs more fails as it would on a smaller
 card. Two optimizer steps of two micro batches each: after the first one all states exist. Needs no data and writes
@@ -41,9 +41,9 @@ _STD = 0.02
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `prove.py one-card`; returns 0 if all steps were made within the limit."""
+    """Run `prove.py fits`; returns 0 if all steps were made within the limit."""
     parser = argparse.ArgumentParser(
-        prog="prove.py one-card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="prove.py fits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=Path("configs/cogvideo-9b-single-48gb.yaml"))
     parser.add_argument("--gib", type=float, default=GIB, help=f"memory of the GPU that may be used (default: {GIB:g})")
