@@ -22,6 +22,11 @@ PROOFS = {
         "megacog.training.dry_world",
         "--config FILE: a run of 13 x 8 ranks on fake tensors covers every parameter and is as large as planned",
     ),
+    "fp8": ("megacog.training.fp8_gap", "a base in e4m3 trains as in bf16: loss gap against the spread over seeds"),
+    "fits": (
+        "megacog.training.one_card",
+        "a run's model, engine and micro batch within a given memory of a GPU, on random weights",
+    ),
     "idle": ("megacog.evaluation.idle", "BEFORE AFTER: training one attention-plus leaves base and other set as is"),
 }
 """Sub-command -> module with its command line, help."""

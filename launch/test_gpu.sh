@@ -6,8 +6,8 @@
 #   OUT   folder for logs and json files
 #   PART  tests (pytest tests/kernels, compiled), sanitizer (compute-sanitizer on small shapes), kernels, fused,
 #         cross_entropy, generate, tiles (benchmarks), doctor, train (benchmark of the 9B model), predict and memorize (proofs
-#         with the 9B model), digits (trains and judges 144M parameters; after `launch/digits_gpu.sh data`). Default: tests,
-#         sanitizer, kernels, fused, cross_entropy, generate. Each takes less than ten minutes; one that fails stops no other.
+#         with the 9B model), digits (trains and judges 144M parameters; after `launch/digits_gpu.sh data`), fits (a step of
+#         the 9B model within 44 GiB). Default: tests, sanitizer, kernels, fused, cross_entropy, generate. Each takes less than ten minutes; one that fails stops no other.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -45,6 +45,7 @@ for part in "${parts[@]}"; do
         memorize) # 37 GB for some minutes
             command=(python launch/prove.py memorize "${MEMORIZE_DIR:-runs/memorize}" --json "$out/memorize.json") ;;
         digits) command=(bash -c "bash launch/digits_gpu.sh train && cp runs/digits-100m/evaluation/report.json '$out/digits.json'") ;;
+        fits) command=(python launch/prove.py fits) ;;
         *) echo "error: unknown part $part; see launch/test_gpu.sh --help" >&2; exit 2 ;;
     esac
     printf '\n== %s\n' "$part"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups
-from megacog.parallel.tensor import TensorParallel, materialize
+from megacog.parallel.tensor import materialize
 from megacog.training.comparison import small_config
 from megacog.training.plain_engine import PlainEngine
 
@@ -50,7 +50,7 @@ def main() -> None:
     for name, weight in model.named_parameters():
         fill(name, weight)
     model.trainable("sequential")
-    engine = PlainEngine(config, model, ProcessGroups(TensorParallel(), 0, 1, None), 1)
+    engine = PlainEngine(config, model, ProcessGroups(), 1)
     text, valid, codes = batch(config.model, 5, size=1)
     for policy in sys.argv[1:]:
         model.activation_checkpointing = policy  # type: ignore[assignment]

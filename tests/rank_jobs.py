@@ -64,17 +64,17 @@ def case_of(text: str) -> Case:
 
 
 def resume(folder: Path, *cases: str) -> dict[str, Any]:
-    """By case (engine-zero-tensor-sequence-precision): are losses and states after 2 + resume + 2 steps bitwise
-    those of 4?"""
+    """By case (engine-zero-tensor-sequence-precision[-offload]): are losses and states after 2 + resume + 2 steps
+    bitwise those of 4?"""
     found = {}
     for name in cases:
-        engine, zero_stage, tensor, sequence, precision = name.split("-")
+        engine, zero_stage, tensor, sequence, precision, *offload = name.split("-")
         groups = build_process_groups(int(tensor), int(sequence))
         config = small_config(
             engine, int(zero_stage), int(tensor), 2 * STEPS, precision, sequence=int(sequence)
         )
         run_dir = folder / name
-        train = config.train.model_copy(update={"run_dir": str(run_dir)})
+        train = config.train.model_copy(update={"run_dir": str(run_dir), "offload_optimizer": bool(offload)})
         found[name] = resumes_bitwise(config.model_copy(update={"train": train}), groups)
     return found
 

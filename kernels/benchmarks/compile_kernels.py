@@ -31,12 +31,13 @@ import torch
 import megacog_kernels
 from megacog_kernels.attention.variants import variants as attention_variants
 from megacog_kernels.cross_entropy.calls import variants as cross_entropy_variants
+from megacog_kernels.fp8.calls import variants as fp8_variants
 from megacog_kernels.launch import Call
 from megacog_kernels.mix.calls import variants as mix_variants
 from megacog_kernels.norm.calls import variants as norm_variants
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-TYPES |= {torch.uint8: "*u8", torch.int64: "*i64"}
+TYPES |= {torch.uint8: "*u8", torch.int64: "*i64", torch.float8_e4m3fn: "*fp8e4nv"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TARGETS = [(arch, dtype) for arch in (80, 90, 100) for dtype in DTYPES]
 SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -81,6 +82,7 @@ def _all(dtype: torch.dtype, capability: int) -> Iterator[tuple[str, Call]]:
     yield from norm_variants(dtype)
     yield from mix_variants(dtype)
     yield from cross_entropy_variants(dtype)
+    yield from fp8_variants(dtype, capability)
 
 
 def _source(call: Call) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:

@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megacog.config.load import dump_config, load_config
-from megacog.config.schema import Config, Kernels, ModelConfig, PlusStage, Stage
+from megacog.config.schema import BasePrecision, Config, Kernels, ModelConfig, PlusStage, Stage
 from megacog.errors import CheckpointError
 from megacog.model.transformer import CogVideo
+from megacog.parallel.fp8 import check_device, hold_in_fp8, load_weight
 from megacog.parallel.tensor import TensorParallel, materialize
 from megacog.runtime.files import FolderKind, atomic_directory, atomic_file, sha256_file
 from megacog.runtime.log import get_logger
@@ -204,7 +205,7 @@ def load_tensors(model: CogVideo, source: Callable[[str], Tensor], names: Iterab
     """Copy this rank's share of whole tensors into the parameters `names`.
 
     Args:
-        model: Target; values are cast to its dtype.
+        model: Target; values are cast to its dtype, and quantized where it holds them in e4m3.
         source: Whole tensor by parameter name.
         names: Parameters to fill.
 
@@ -224,7 +225,10 @@ def load_tensors(model: CogVideo, source: Callable[[str], Tensor], names: Iterab
                     f"{name} has shape {tuple(whole.shape)} in the weights to load, which does not fit the model "
                     f"(this rank's part is {tuple(parameter.shape)}); the model sections differ"
                 )
-            parameter.copy_(part)
+            if parameter.dtype == torch.uint8:
+                load_weight(model.get_submodule(name.rpartition(".")[0]), part)
+            else:
+                parameter.copy_(part)
 
 
 def load_model(
@@ -234,6 +238,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     kernels: Kernels = "auto",
+    base_precision: BasePrecision | None = None,
 ) -> CogVideo:
     """The model of an export, in eval mode, with the attention-plus sets `plus` (None = all held).
 
@@ -241,9 +246,10 @@ def load_model(
         path: The export.
         plus: Stages to load.
         parallel: This rank's tensor-parallel place.
-        dtype: Weights' dtype; None = fp32 on CPU, as stored elsewhere.
+        dtype: Weights' dtype; None = fp32 on CPU, as stored elsewhere, bf16 with `base_precision` fp8.
         device: Where to put it.
         kernels: See `generation.kernels`.
+        base_precision: See `generation.base_precision`.
     """
     export = open_export(path)
     stages = export.plus if plus is None else tuple(plus)
@@ -251,12 +257,18 @@ def load_model(
     if missing:
         raise CheckpointError(f"{path} holds no attention-plus of stage {missing[0]}, only {list(export.plus)}")
     stored = export.tensor("final_layernorm.weight").dtype
+    if base_precision == "fp8":
+        check_device(torch.device(device))
+        dtype = torch.bfloat16
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else stored)
     if dtype != stored:
         _logger.info("%s holds %s weights; they are cast to %s", path, _short(stored), _short(dtype))
     with torch.device("meta"):
         model = CogVideo(export.model, stages, parallel, kernels=kernels)
-    materialize(model, device, dtype).requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if base_precision == "fp8":
+        hold_in_fp8(model.layers)
+    materialize(model, device, dtype)
     model.choose_kernels()
     load_tensors(model, export.tensor, [name for name, _ in model.named_parameters()])
     return model

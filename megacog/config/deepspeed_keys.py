@@ -17,7 +17,7 @@ KNOWN = frozenset(
     data_types disable_allgather disable_python_gc dump_state flops_profiler gradient_allreduce_op
     gradient_predivide_factor log_level memory_breakdown prescale_gradients steps_per_print timers
     torch_autocast wall_clock_breakdown weight_quantization zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization
+    zero_optimization
     """.split()
 )
 
@@ -35,6 +35,8 @@ GENERATED = {
     "fp16": "train.precision",
     "amp": "train.precision",
     "zero_optimization.stage": "train.zero_stage",
+    "zero_optimization.offload_optimizer": "train.offload_optimizer",
+    "zero_force_ds_cpu_optimizer": "train.offload_optimizer",
     "activation_checkpointing": "train.activation_checkpointing",
     "tensor_parallel": "parallel.tensor",
     "sequence_parallel_size": "parallel.sequence",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megacog.config.section import Kernels, Section, Stage
+from megacog.config.section import BasePrecision, Kernels, Section, Stage
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The defaults of the released inference script; docs/inheritance.md says what each of them does there.
@@ -94,6 +94,9 @@ class GenerationConfig(Section):
     """Attention, norms and gates: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
     cuda_graphs: bool = True
     """On GPUs, replay sampling steps from CUDA graphs; false launches every kernel from Python."""
+    base_precision: BasePrecision | None = None
+    """fp8: the base's matrices in e4m3, half the bytes of bf16, made from the export when it is read; everything else
+    in bf16. Needs a GPU of compute capability 8.9, or a CPU."""
     overlap: int = Field(default=1, ge=1, le=4)
     """Key frames that the next pass of a long clip is given."""
     seed: int = 1234

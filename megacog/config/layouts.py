@@ -35,6 +35,13 @@ def layout_problems(model: ModelConfig, train: TrainConfig, parallel: ParallelCo
             f"parallel.tensor {tensor} with parallel.sequence {sequence} is not proved: both share the heads; "
             "set one of them to 1"
         )
+    sides = {"hidden_size": model.hidden_size, "MLP width": model.ffn}
+    odd = [name for name, side in sides.items() if train.base_precision and side % (16 * tensor)]
+    if odd:
+        yield (
+            "train.base_precision fp8 needs matrices whose sides are multiples of 16 on every rank: model "
+            f"{' and '.join(odd)} must be multiples of 16 x parallel.tensor {tensor}"
+        )
     if train.engine == "torch":
         return
     if train.precision == "bf16" and train.zero_stage == 0:

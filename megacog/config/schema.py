@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from megacog.config.cluster import ClusterConfig as ClusterConfig
 from megacog.config.generation import GenerationConfig as GenerationConfig
 from megacog.config.layouts import layout_problems
+from megacog.config.section import BasePrecision as BasePrecision
 from megacog.config.section import Checkpointing as Checkpointing
 from megacog.config.section import Kernels as Kernels
 from megacog.config.section import PlusStage as PlusStage
@@ -246,10 +247,17 @@ class TrainConfig(Section):
     """Compute dtype. bf16 keeps fp32 masters of what is trained."""
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"
     """What gradients are summed in over the micro batches of a step. bf16 saves memory and rounds every sum."""
+    base_precision: BasePrecision | None = None
+    """Stages sequential and interpolation: fp8 holds the frozen base's matrices in e4m3 and multiplies there, with
+    activations quantized row by row; null = in precision. Needs a GPU of compute capability 8.9, or a CPU. Checkpoints
+    and exports keep the base as it was."""
     kernels: Kernels = "auto"
     """Attention, norms, gates and loss: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed: what is cut over data-parallel ranks (1 optimizer, 2 gradients, 3 weights)."""
+    offload_optimizer: bool = False
+    """Keep AdamW's moments and the fp32 masters in the host's memory and update there (12 bytes per trained parameter
+    less on the device; ZeRO 1): for few cards with little memory and many micro batches per step."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
     min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -284,6 +292,33 @@ class TrainConfig(Section):
     """CPU threads per rank; null = cores / local ranks."""
     memory_check: bool = True
     """On GPUs: refuse to start when the planned peak of memory exceeds the device's; false = warn and go on."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> TrainConfig:
+        if not self.offload_optimizer:
+            return self
+        if self.engine != "deepspeed":
+            raise ValueError("offload_optimizer is done by engine deepspeed; set it, or leave offload_optimizer out")
+        if self.zero_stage != 1:
+            why = {
+                0: "with 0 there is no offload",
+                2: "with 2 DeepSpeed would add up the gradients of micro batches in bf16 on the host",
+                3: "with 3 it is not supported",
+            }
+            raise ValueError(f"offload_optimizer needs zero_stage 1: {why[self.zero_stage]}")
+        return self
+
+    @model_validator(mode="after")
+    def _base_precision_fits(self) -> TrainConfig:
+        if self.base_precision is None:
+            return self
+        if self.stage == "base":
+            raise ValueError("base_precision fp8 is for a frozen base, and stage base trains it; leave it out")
+        if self.precision != "bf16":
+            raise ValueError(f"base_precision fp8 gives products in bf16, and precision is {self.precision}; set bf16")
+        if self.engine == "deepspeed" and self.zero_stage == 3:
+            raise ValueError("base_precision fp8 holds the base whole on every rank, and zero_stage 3 cuts it; use 2")
+        return self
 
 
 class ParallelConfig(Section):

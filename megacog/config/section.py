@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 Stage = Literal["base", "sequential", "interpolation"]
 PlusStage = Literal["sequential", "interpolation"]
+BasePrecision = Literal["fp8"]
 Kernels = Literal["auto", "triton", "reference"]
 Checkpointing = Literal["none", "selective", "full"]
 

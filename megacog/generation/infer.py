@@ -136,7 +136,9 @@ def load_generator(export: Export, settings: GenerationConfig, device: str) -> C
     """
     check_stages(export, settings)
     stages = [stage for stage in export.plus if stage == "sequential" or settings.levels]
-    model = load_model(export.path, plus=stages, device=device, kernels=settings.kernels)
+    model = load_model(
+        export.path, plus=stages, device=device, kernels=settings.kernels, base_precision=settings.base_precision
+    )
     text = TextTokenizer.load(export.text_tokenizer)
     frames = load_frame_tokenizer(export.frame_tokenizer, device)
     if frames.codebook_size != model.config.image_vocab_size:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -50,18 +51,30 @@ def initialize_base(model: CogVideo, seed: int) -> None:
 
 
 @torch.no_grad()
-def initialize_plus(model: CogVideo, stage: PlusStage, dense: Literal["copy", "random"], seed: int) -> None:
+def initialize_plus(
+    model: CogVideo,
+    stage: PlusStage,
+    dense: Literal["copy", "random"],
+    seed: int,
+    base: Callable[[str], Tensor] | None = None,
+) -> None:
     """Start a stage's attention-plus from the base channel: qkv copied, dense copied or N(0, 0.02),
-    positions tiled from the base's frame 0, gates half open."""
+    positions tiled from the base's frame 0, gates half open.
+
+    Args:
+        base: This rank's part of a base parameter by name; None = as the model holds it.
+    """
+    base = base or model.get_parameter
     plus = model.plus_of(stage)
     assert plus is not None
     plus.position_embedding.weight.copy_(tiled_plus_positions(model.position_embedding.weight, model.config))
-    for index, (layer, plus_layer) in enumerate(zip(model.layers, plus.layers, strict=True)):
-        plus_layer.qkv.load_state_dict(layer.attention.qkv.state_dict())
+    for index, plus_layer in enumerate(plus.layers):
+        copied = {"qkv": plus_layer.qkv, "dense": plus_layer.dense} if dense == "copy" else {"qkv": plus_layer.qkv}
+        for module, linear in copied.items():
+            for leaf, parameter in linear.named_parameters():
+                parameter.copy_(base(f"layers.{index}.attention.{module}.{leaf}"))
         plus_layer.gate.logit.zero_()
-        if dense == "copy":
-            plus_layer.dense.load_state_dict(layer.attention.dense.state_dict())
-        else:
+        if dense == "random":
             plus_layer.dense.bias.zero_()
             _draw(model, f"plus.{stage}.layers.{index}.dense.weight", plus_layer.dense.weight, PLUS_DENSE_STD, seed)
 

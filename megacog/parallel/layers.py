@@ -1,6 +1,7 @@
 """Linear and embedding layers whose weights are cut over tensor-parallel ranks.
 
-With one rank they are the ordinary layers. Shapes: C width, V vocabulary, `...` any leading dims.
+With one rank they are the ordinary layers. The linear ones may hold a frozen weight in e4m3, when they have a
+`weight_scale` (`megacog.parallel.fp8`). Shapes: C width, V vocabulary, `...` any leading dims.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megacog.parallel.fp8 import input_gradient, weight_product
 from megacog.parallel.loss import parallel_cross_entropy
 from megacog.parallel.tensor import ShardSpec, TensorParallel, copy_to_ranks, mark_sharded, sum_over_ranks
 from megacog_kernels.dispatch import Implementation
 from megacog_kernels.keep import kept
-from megacog_kernels.products import add_product, linear, multiply, product
+from megacog_kernels.products import add_product, multiply, product
 
 
 class _BlockProducts(torch.autograd.Function):
@@ -25,18 +27,23 @@ class _BlockProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor, spans: Sequence[slice], *inputs: Tensor
+        ctx: Any, weight: Tensor, weight_scale: Tensor | None, bias: Tensor, spans: Sequence[slice], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.spans = spans
-        ctx.save_for_backward(weight, *(x if ctx.needs_input_grad[0] else None for x in inputs))
-        return tuple(linear(x, weight[span], bias[span]) for x, span in zip(inputs, spans, strict=True))
+        ctx.save_for_backward(weight, weight_scale, *(x if ctx.needs_input_grad[0] else None for x in inputs))
+        return tuple(
+            weight_product(x, weight[span], _part(weight_scale, span), bias[span])
+            for x, span in zip(inputs, spans, strict=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, *inputs = ctx.saved_tensors
-        of_weight, of_bias, _, *of_inputs = ctx.needs_input_grad
-        pairs = zip(grads, ctx.spans, of_inputs, strict=True)
-        grad_inputs = [multiply(grad, weight[span]) if wanted else None for grad, span, wanted in pairs]
+        weight, weight_scale, *inputs = ctx.saved_tensors
+        of_weight, _, of_bias, _, *of_inputs = ctx.needs_input_grad
+        grad_inputs = [
+            input_gradient(grad, weight[span], _part(weight_scale, span)) if wanted else None
+            for grad, span, wanted in zip(grads, ctx.spans, of_inputs, strict=True)
+        ]
         grad_weight, grad_bias = None, None
         if of_weight:
             grad_weight = _sum_products(weight, ctx.spans, grads, inputs)
@@ -44,7 +51,11 @@ class _BlockProducts(torch.autograd.Function):
             grad_bias = weight.new_zeros(len(weight))
             for grad, span in zip(grads, ctx.spans, strict=True):
                 grad_bias[span] += grad.flatten(0, -2).sum(dim=0)
-        return grad_weight, grad_bias, None, *grad_inputs
+        return grad_weight, None, grad_bias, None, *grad_inputs
+
+
+def _part(weight_scale: Tensor | None, span: slice) -> Tensor | None:
+    return None if weight_scale is None else weight_scale[span]
 
 
 def _sum_products(
@@ -78,6 +89,8 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(shard.local_length(parallel.size)))
         mark_sharded(self.weight, shard, parallel.size)
         mark_sharded(self.bias, shard, parallel.size)
+        self.weight_scale: Tensor | None
+        self.register_buffer("weight_scale", None, persistent=False)
 
     def forward(self, *inputs: Tensor, ranges: Sequence[tuple[int, int]] | None = None) -> Any:
         """[..., C] -> [..., features_out / ranks].
@@ -88,7 +101,7 @@ class ColumnParallelLinear(nn.Module):
         copies = [copy_to_ranks(x, self.parallel) for x in inputs]
         size = len(self.weight) // self.blocks
         spans = [slice(first * size, end * size) for first, end in ranges or [(0, self.blocks)]]
-        parts = _BlockProducts.apply(self.weight, self.bias, spans, *copies)
+        parts = _BlockProducts.apply(self.weight, self.weight_scale, self.bias, spans, *copies)
         return parts if ranges else parts[0]
 
 
@@ -96,28 +109,33 @@ class _SummedProduct(torch.autograd.Function):
     """x @ weight^T, summed over the ranks, + bias; kept where layers are recomputed: much work for little memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, parallel: TensorParallel) -> Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        (out,) = kept(lambda: (_summed_product(x, weight, bias, parallel),))
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor, parallel: TensorParallel
+    ) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight, weight_scale)
+        (out,) = kept(lambda: (_summed_product(x, weight, weight_scale, bias, parallel),))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        x, weight, weight_scale = ctx.saved_tensors
+        of_x, of_weight, _, of_bias = ctx.needs_input_grad[:4]
         rows = grad.flatten(0, -2)
         return (
-            multiply(grad, weight) if of_x else None,
+            input_gradient(grad, weight, weight_scale) if of_x else None,
             multiply(rows.T, x.flatten(0, -2)) if of_weight else None,
+            None,
             rows.sum(dim=0) if of_bias else None,
             None,
         )
 
 
-def _summed_product(x: Tensor, weight: Tensor, bias: Tensor, parallel: TensorParallel) -> Tensor:
+def _summed_product(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor, parallel: TensorParallel
+) -> Tensor:
     if parallel.size == 1:
-        return linear(x, weight, bias)
-    out = linear(x, weight)
+        return weight_product(x, weight, weight_scale, bias)
+    out = weight_product(x, weight, weight_scale)
     dist.all_reduce(out, group=parallel.group)
     return out.add_(bias)
 
@@ -133,10 +151,12 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(features_out, features_in // parallel.size))
         self.bias = nn.Parameter(torch.empty(features_out))
         mark_sharded(self.weight, ShardSpec(dim=1, length=features_in), parallel.size)
+        self.weight_scale: Tensor | None
+        self.register_buffer("weight_scale", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., features_in / ranks] -> [..., features_out]."""
-        out: Tensor = _SummedProduct.apply(x, self.weight, self.bias, self.parallel)
+        out: Tensor = _SummedProduct.apply(x, self.weight, self.weight_scale, self.bias, self.parallel)
         return out
 
 

@@ -5,7 +5,8 @@ The only file that imports deepspeed. What DeepSpeed needs to be right is kept h
 - fp32 sums of bf16 gradients (`train.gradient_dtype`) make ZeRO 1 use its BF16_Optimizer;
 - with ZeRO 0 it reports no gradient norm and does not skip non-finite steps, so this file does both;
 - its hooks hang on tensors that the module returns: a dataclass would pass them by, silently;
-- optimizer state exists only after a first step, and ZeRO 3 pads its partitions.
+- optimizer state exists only after a first step, and ZeRO 3 pads its partitions;
+- an offloaded optimizer would be its own, compiled at start-up: it is told to take torch's, which is fused on CPUs too.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 30,
     }
+    if train.offload_optimizer:
+        generated["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        generated["zero_force_ds_cpu_optimizer"] = False
     if train.precision == "bf16":
         generated["data_types"] = {"grad_accum_dtype": train.gradient_dtype}
         generated["bf16"]["check_grad_overflow"] = True

@@ -26,7 +26,9 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], train: Train
         {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps)
+    # On the host one fused pass over memory counts; without it torch's loop makes a dozen.
+    fused = train.offload_optimizer or None
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=fused)
 
 
 def global_norm(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor], parallel: TensorParallel) -> Tensor:

@@ -36,6 +36,7 @@ from megacog.metrics.throughput import Throughput
 from megacog.model.flops import tokens_per_sample, training_work
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
+from megacog.parallel.fp8 import check_device, hold_in_fp8
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.parallel.tensor import materialize
 from megacog.planning.cluster import Cluster, Device
@@ -273,9 +274,12 @@ def build_model(
             config.model, plus, groups.tensor, config.train.activation_checkpointing, config.train.kernels,
             groups.sequence,
         )  # fmt: skip
+    model.trainable(stage)
+    if config.train.base_precision == "fp8":
+        check_device(device)
+        hold_in_fp8(model.layers)
     materialize(model, device, DTYPES[config.train.precision])
     model.choose_kernels()
-    model.trainable(stage)
     if checkpoint is None:
         return model, None, start_weights(config, model, export)
     path, manifest = checkpoint
@@ -355,6 +359,7 @@ def announce(config: Config, ranks: Ranks, groups: ProcessGroups, accumulation: 
     """What is about to happen, once."""
     train = config.train
     engine = f"deepspeed, ZeRO {train.zero_stage}" if train.engine == "deepspeed" else "torch"
+    engine += ", optimizer on the host" if train.offload_optimizer else ""
     log.info("configuration %s:\n%s", config_hash(config)[:12], dump_config(config).rstrip())
     log.info("%s", tables)
     log.info(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megacog.checkpoint.digest import TensorDigest
@@ -15,6 +16,7 @@ from megacog.errors import CheckpointError, ConfigError
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
 from megacog.runtime.log import get_logger
+from megacog.training.state import local_part
 
 log = get_logger(__name__)
 
@@ -106,7 +108,13 @@ def _start_plus(config: Config, model: CogVideo, stage: PlusStage, export: Expor
     if origin == "base":
         if export is not None and stage in export.plus:
             log.warning("%s holds plus.%s already; a fresh one is trained (model.plus_from: base)", export.path, stage)
-        initialize_plus(model, stage, config.model.plus_dense, config.train.seed)
+
+        def base(name: str) -> Tensor:
+            """As it is stored: the model may hold it in fewer bits."""
+            assert export is not None, "what is frozen was inherited"
+            return local_part(export.tensor(name), model.get_parameter(name), model.parallel)
+
+        initialize_plus(model, stage, config.model.plus_dense, config.train.seed, base)
         dense = "copied" if config.model.plus_dense == "copy" else "random"
         return f"base channel (qkv copied, dense {dense})"
     if export is None or origin not in export.plus:
@@ -185,7 +193,8 @@ def _kept(names: Sequence[str], stored: Callable[[str], Tensor]) -> _Kept:
 
 
 def _short(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    held = torch.float8_e4m3fn if tensor.dtype == torch.uint8 else tensor.dtype
+    return str(held).removeprefix("torch.")
 
 
 def _group(name: str) -> str:

@@ -43,7 +43,9 @@ ON_EIGHT = [(8, 1), (1, 8), (4, 1), (1, 4)]
 COMPARED = compare_job(ON_TWO)
 SUMS = "sums:1,2,3"
 POLICIES = "policies:1,2,3"
-RESUMED = resume_job("torch-0-1-1-bf16", "deepspeed-3-1-1-bf16", "deepspeed-1-1-2-bf16", "deepspeed-2-2-1-fp32")
+RESUMED = resume_job(
+    "torch-0-1-1-bf16", "deepspeed-3-1-1-bf16", "deepspeed-1-1-2-bf16", "deepspeed-2-2-1-fp32", "deepspeed-1-1-1-bf16-offload"
+)
 
 
 @pytest.fixture(scope="module")
