@@ -44,8 +44,9 @@ COMPARED = compare_job(ON_TWO)
 SUMS = "sums:1,2,3"
 POLICIES = "policies:1,2,3"
 RESUMED = resume_job(
-    "torch-0-1-1-bf16", "deepspeed-3-1-1-bf16", "deepspeed-1-1-2-bf16", "deepspeed-2-2-1-fp32", "deepspeed-1-1-1-bf16-offload"
-)
+    "torch-0-1-1-bf16", "deepspeed-3-1-1-bf16", "deepspeed-1-1-2-bf16", "deepspeed-2-2-1-fp32",
+    "deepspeed-1-1-1-bf16-offload",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
