@@ -180,7 +180,7 @@ def test_a_sick_node_is_left_out_of_a_job_with_spare_ones(
 def test_a_chain_of_jobs_ends_with_the_run(cluster: SlurmCluster, inputs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "chain"
     submit(cluster, config_of(inputs, run_dir, steps=2), "--kind", "pretrain_array", "--jobs", "3")
-    assert "JobArrayTaskLimit" in cluster.run("squeue")
+    cluster.wait_for("waiting jobs", lambda: "JobArrayTaskLimit" in cluster.run("squeue"), 20)
     cluster.wait_for("end of the chain", lambda: not cluster.run("squeue", "--noheader").strip(), 120)
     assert output(run_dir).count("start 0: done") == 1
     assert [step for step, *_ in numbers(run_dir)] == [1, 2]
