@@ -2,6 +2,7 @@
 
     python launch/doctor.py [--folder runs] [--json]
     srun --ntasks-per-node=8 python launch/doctor.py     all nodes of an allocation, with the links between them
+    python launch/doctor.py --hostfile hostfile          does ssh reach the hosts of `deepspeed --hostfile`?
 
 Under several ranks (srun, torchrun, deepspeed, mpirun) every node is checked, all-reduce is measured between all pairs
 of nodes, and the names of sick nodes come last. Exit code: 0, or 1 when something is sick.
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megacog.doctor.check import Check, Nodes, report, table
+from megacog.doctor.hosts import check_hosts, read_hostfile
 from megacog.doctor.machine import (
     disk_checks,
     locked_memory_check,
@@ -33,6 +35,10 @@ from megacog.runtime.ranks import discover
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, or JSON; 1 when something is sick."""
     arguments = parse_arguments(argv)
+    if arguments.hostfile is not None:
+        reached = check_hosts(read_hostfile(arguments.hostfile), Path.cwd(), arguments.seconds)
+        show(reached, arguments.json)
+        return EXIT_FAULT if report(reached)["sick"] else EXIT_DONE
     ranks, node, answer = discover(), node_name(os.environ), read_nvidia_smi()
     own = package_checks(gpu=answer is not None)
     torch_works = not any(check.sick for check in own if check.name == "torch")
@@ -56,7 +62,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--folder", type=Path, default=Path("."), help="where runs will write (default: here)")
     parser.add_argument("--need-gib", type=float, default=20.0, help="free space that a run needs there (default 20)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="to wait for the other ranks (default 120)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="to wait for other ranks or hosts (default 120)")
+    parser.add_argument("--hostfile", type=Path, help="only check that ssh reaches its hosts and finds megacog there")
     parser.add_argument("--json", action="store_true", help="print JSON: the sick nodes, and all checks by node")
     return parser.parse_args(argv)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -85,6 +86,17 @@ def test_deepspeed_trains_over_ssh_on_the_hosts_of_a_hostfile(
     assert "rank 0 of 2, local rank 0 of 1 on" in said and f"ranks meet at {HOSTS[0]}:" in said
     for host in HOSTS:
         assert "Accepted publickey for root" in (hosts.folder / f"{host}.log").read_text()
+
+
+def test_the_doctor_names_the_hosts_that_ssh_does_not_reach(hosts: SshHosts, hostfile: Path) -> None:
+    command = [sys.executable, "launch/doctor.py", "--hostfile", str(hostfile), "--json"]
+    code, said = launch(command, hosts.environment)
+    assert code == 0 and json.loads(said)["sick"] == [], said
+    with open(hostfile, "a") as file:
+        file.write("127.0.0.4 slots=1\n")
+    code, said = launch(command, hosts.environment)
+    assert code == 1 and json.loads(said)["sick"] == ["127.0.0.4"], said
+    assert "Connection refused" in json.loads(said)["nodes"]["127.0.0.4"][0]["value"]
 
 
 def test_a_forgotten_hostfile_does_not_train_on_one_machine(inputs: Path, tmp_path: Path) -> None:
