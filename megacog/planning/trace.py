@@ -142,11 +142,12 @@ class Ledger(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         created = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
         fresh = [self.enter(tensor) for tensor in created]
         self._note_peak(_hidden_bytes(func, args))
-        self._count_work(func, args, created, any(fresh))
+        self._count_work(func, args, created, any(fresh) or "out" in kwargs)
         return out
 
     def consume(self, parameter: Tensor) -> None:
@@ -210,7 +211,7 @@ class Ledger(TorchDispatchMode):
             self.pointwise += sum(tensor.nbytes for tensor in [*tensors, *created])
 
 
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 
 
 def _hidden_bytes(func: Any, args: Any) -> int:

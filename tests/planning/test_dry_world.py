@@ -14,7 +14,7 @@ from megacog.training.dry_world import RankReport, _coverage
 
 RUN = {
     "model": {
-        "num_layers": 2, "hidden_size": 64, "num_heads": 4, "grid": [4, 4], "text_length": 8, "text_positions": 8,
+        "num_layers": 6, "hidden_size": 64, "num_heads": 4, "grid": [4, 4], "text_length": 8, "text_positions": 8,
         "image_vocab_size": 50, "text_vocab_size": 40, "boi_id": 3, "inherit": "none",
     },
     "tokenizer": {"text": "none", "frames": "none"},
@@ -34,7 +34,7 @@ def test_a_small_world_covers_every_parameter_and_is_as_large_as_planned(tmp_pat
         cwd=ROOT, env=python_environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 ranks: fragments of 11 trained parameters" in done.stdout
+    assert "4 ranks: fragments of 31 trained parameters" in done.stdout
     assert done.stdout.count("held") == 4 and done.stdout.count("peak") == 1
 
 

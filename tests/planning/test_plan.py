@@ -79,12 +79,13 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(nine: Config, on
 
 
 def test_what_is_suggested_fits(nine: Config) -> None:
-    too_much = changed(nine, activation_checkpointing="none", micro_batch_size=8, global_batch_size=416)
+    too_much = changed(nine, activation_checkpointing="none", micro_batch_size=8, global_batch_size=512)
     found = plan(too_much, cluster(gpus=8, memory=80, name="A100"))
     assert not found.fits and found.suggestions
     for suggestion in found.suggestions:
         overrides = suggestion.split("  (")[0].split()
-        mended = load_config(NINE, ["train.activation_checkpointing=none", "train.micro_batch_size=8", *overrides])
+        given = ["train.activation_checkpointing=none", "train.micro_batch_size=8", "train.global_batch_size=512"]
+        mended = load_config(NINE, [*given, *overrides])
         assert plan(mended, cluster(gpus=8, memory=80, name="A100"), (), suggest=False).fits, suggestion
 
 
