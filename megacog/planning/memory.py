@@ -32,12 +32,14 @@ class Elements:
     largest: int
     """Of the largest trained tensor."""
     weight_bytes: int
-    """Of one element."""
+    """Of one trained element."""
+    frozen_bytes: int
+    """Of all frozen ones: in e4m3, or as wide as the trained."""
 
     @property
     def weights(self) -> int:
         """Bytes of all weights."""
-        return (self.trained + self.frozen) * self.weight_bytes
+        return self.trained * self.weight_bytes + self.frozen_bytes
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,18 @@ def engine_state(config: Config, elements: Elements, replicas: int, accumulation
         return _without_zero(elements, replicas, accumulation, gpu)
     if train.zero_stage == 3:
         return _zero_3(elements, a, replicas, zero, gpu)
+    if train.offload_optimizer:
+        return _offloaded(elements, a, zero)
     if uses_bf16_optimizer(config):
         return _bf16_optimizer(elements, replicas, accumulation, gpu)
     return _zero_1_2(elements, a, replicas, accumulation, zero, gpu)
 
 
 def uses_bf16_optimizer(config: Config) -> bool:
-    """Whether DeepSpeed takes its BF16_Optimizer: ZeRO 1 with bf16 weights and fp32 sums of gradients."""
+    """Whether DeepSpeed takes its BF16_Optimizer: ZeRO 1 on the device with bf16 weights and fp32 sums of gradients."""
     train = config.train
-    return (train.engine, train.zero_stage, train.precision, train.gradient_dtype) == ("deepspeed", 1, "bf16", "fp32")
+    found = (train.engine, train.zero_stage, train.precision, train.gradient_dtype)
+    return found == ("deepspeed", 1, "bf16", "fp32") and not train.offload_optimizer
 
 
 def _plain(elements: Elements, a: int, gpu: bool) -> State:
@@ -197,6 +202,19 @@ def _zero_1_2(elements: Elements, a: int, replicas: int, accumulation: int, zero
         in_reduction=buffers + flattened + averaged,
         in_step=2 * averaged + _adam(share, share, gpu),
     )
+
+
+def _offloaded(elements: Elements, a: int, zero: dict[str, Any]) -> State:
+    """ZeRO 1 with masters, moments and the step in the host's memory; gradients are summed on the device.
+
+    Each rank sums all of them, and in the last backward pass those that autograd made and copies of them to send
+    stand beside the sums.
+    """
+    T, w = elements.trained, elements.weight_bytes
+    bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
+    return State(
+        weights=elements.weights, accumulated=a * T, buckets=2 * a * min(bucket, T), in_reduction=(w + a) * T,
+    )  # fmt: skip
 
 
 def _zero_3(elements: Elements, a: int, replicas: int, zero: dict[str, Any], gpu: bool) -> State:

@@ -16,6 +16,7 @@ from megacog.config.schema import Checkpointing, Config
 from megacog.errors import ConfigError
 from megacog.model.flops import tokens_per_sample, training_work
 from megacog.model.transformer import CogVideo
+from megacog.parallel.fp8 import hold_in_fp8
 from megacog.parallel.tensor import TensorParallel
 from megacog.planning.cluster import GIB, Cluster
 from megacog.planning.memory import Elements, State, engine_state, tree
@@ -95,20 +96,27 @@ class Plan(_Facts):
 
 
 @lru_cache(maxsize=64)
-def _count(model: Any, stage: Any, tensor: int, weight_bytes: int) -> Elements:
+def _count(model: Any, stage: Any, tensor: int, weight_bytes: int, fp8: bool) -> Elements:
     with torch.device("meta"):
         built = CogVideo(model, () if stage == "base" else (stage,), TensorParallel(0, tensor))
     built.trainable(stage)
+    if fp8:
+        hold_in_fp8(built.layers)
     trained = [parameter.numel() for parameter in built.parameters() if parameter.requires_grad]
-    frozen = sum(parameter.numel() for parameter in built.parameters() if not parameter.requires_grad)
-    return Elements(sum(trained), frozen, max(trained), weight_bytes)
+    frozen = [parameter for parameter in built.parameters() if not parameter.requires_grad]
+    widths = [parameter.itemsize if parameter.dtype == torch.uint8 else weight_bytes for parameter in frozen]
+    frozen_bytes = sum(parameter.numel() * width for parameter, width in zip(frozen, widths, strict=True))
+    scales = sum(buffer.nbytes for buffer in built.buffers())
+    elements = sum(parameter.numel() for parameter in frozen)
+    return Elements(sum(trained), elements, max(trained), weight_bytes, frozen_bytes + scales)
 
 
 def count_elements(config: Config) -> Elements:
     """What the first tensor-parallel rank holds, from the model on the meta device."""
     model = config.model.model_copy(update={"boi_id": config.model.boi_id or 0, "inherit": None})
     weight_bytes = 2 if config.train.precision == "bf16" else 4
-    return _count(model, config.train.stage, config.parallel.tensor, weight_bytes)
+    fp8 = config.train.base_precision == "fp8"
+    return _count(model, config.train.stage, config.parallel.tensor, weight_bytes, fp8)
 
 
 def data_parallel(config: Config, world: int) -> int:

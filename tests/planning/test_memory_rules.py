@@ -16,7 +16,7 @@ from megacog.planning.trace import Pass
 from megacog.training.memory_check import ACCEPTED, measure_peak, small_run
 
 T, F = 1_000_000, 3_000_000
-ELEMENTS = Elements(trained=T, frozen=F, largest=10_000, weight_bytes=2)
+ELEMENTS = Elements(trained=T, frozen=F, largest=10_000, weight_bytes=2, frozen_bytes=2 * F)
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])

@@ -70,6 +70,14 @@ def test_work_of_the_9b_is_what_was_counted_by_hand(on_one_h200: Plan) -> None:
     assert per_sample == pytest.approx(72.8, rel=0.05)
 
 
+def test_one_card_of_48_gb_holds_what_was_counted_by_hand() -> None:
+    """33.8e9 bytes: a base in e4m3, no optimizer state; 34.4e9 with a base in bf16 and micro batches of two."""
+    for overrides, counted in (([], 33.8e9), (["train.base_precision=null", "train.micro_batch_size=2"], 34.4e9)):
+        one = load_config(NINE.with_name("cogvideo-9b-single-48gb.yaml"), overrides)
+        found = plan(one, cluster(memory=48, name="L40S"), (), suggest=False)
+        assert found.peak == pytest.approx(counted, rel=0.01) and found.fits
+
+
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(nine: Config, on_one_h200: Plan) -> None:
     largest = on_one_h200.policies["selective"].largest_micro_batch
     fits = plan(changed(nine, global_batch_size=4 * largest, micro_batch_size=largest), cluster(), (), suggest=False)
