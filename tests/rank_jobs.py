@@ -151,7 +151,9 @@ def sums(folder: Path, *zero_stages: str) -> dict[str, dict[str, float]]:
         for dtype in ("fp32", "bf16"):
             config = small_config("deepspeed", int(zero_stage), 1, 1, "bf16")
             train = config.train.model_copy(update={"gradient_dtype": dtype})
-            ours = mean_gradients(config.model_copy(update={"train": train}), groups, accumulation)
+            exchanged = {"communication_data_type": "fp32"}  # else ranks exchange bf16 whatever they sum in
+            update = {"train": train, "deepspeed": config.deepspeed | exchanged}
+            ours = mean_gradients(config.model_copy(update=update), groups, accumulation)
             error = sum(float((ours[name] - truth[name]).square().sum()) for name in truth)
             found[zero_stage][dtype] = (error / size) ** 0.5
     return found
