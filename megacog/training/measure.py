@@ -92,7 +92,7 @@ def case_config(path: Path, case: Case, overrides: tuple[str, ...] = ()) -> Conf
         "train.engine=torch", "train.run_dir=none", "parallel.tensor=1", "deepspeed={}", "loss.frame_weights=null",
         f"model.inherit={'null' if case.stage == 'base' else 'none'}", "model.plus_from=base",
     ]  # fmt: skip
-    own += ["train.base_precision=fp8"] if case.fp8 else []
+    own += ["train.base_precision=fp8", "train.precision=bf16"] if case.fp8 else []
     config = load_config(path, [*overrides, *own])
     boi = config.model.boi_id or 0
     return config.model_copy(update={"model": config.model.model_copy(update={"boi_id": boi})})
