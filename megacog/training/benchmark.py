@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from megacog.config.schema import TrainConfig
 from megacog.errors import EXIT_DONE, EXIT_FAULT, MegacogError
 from megacog.metrics.profile import KINDS
 from megacog.planning.plan import plan_peak
@@ -116,10 +115,8 @@ def choose_cases(micro_batch: int, only: str = "") -> list[Case]:
     """
     found = [
         Case("sequential", micro_batch), Case("interpolation", micro_batch),
-        Case("sequential", 3 * micro_batch, "selective"),
+        Case("sequential", 3 * micro_batch, "selective"), Case("sequential", micro_batch, fp8=True),
     ]  # fmt: skip
-    if "base_precision" in TrainConfig.model_fields:
-        found.append(Case("sequential", micro_batch, fp8=True))
     chosen = [case for case in found if only in case.name]
     if not chosen:
         raise MegacogError(f"--only {only!r} is part of no case: " + "; ".join(case.name for case in found))
@@ -131,7 +128,7 @@ def attempt(path: Path, case: Case, overrides: tuple[str, ...], device: torch.de
     planned = None
     try:
         config = case_config(path, case, overrides)
-        planned = None if case.fp8 else plan_peak(config, 1, case.policy, case.micro_batch, device.type == "cuda")
+        planned = plan_peak(config, 1, case.policy, case.micro_batch, device.type == "cuda")
         return Row(case, measure(config, case, device, seconds), planned_bytes=planned)
     except Exception as error:
         return Row(case, None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", planned)

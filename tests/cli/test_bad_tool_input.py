@@ -209,7 +209,7 @@ def export_arguments(name: str, world: Path, export: Path, out: Path) -> list[ob
         ("infer", ["guidence=3"], 75, "guidence: unknown key; did you mean guidance"),
         ("infer", ["--device", "gpu"], 1, "--device gpu cannot be used"),
         ("infer", ["--scale", "100000"], 75, "--scale must be from 1 to 256"),
-        ("evaluate", [], 1, "makes frames of 16x16 pixels; the judge knows .*32x32 only"),
+        ("evaluate", [], 1, "makes frames of 16x16 pixels; the judge knows .* of 32x32, or enlarged"),
         ("evaluate", ["--clips", "0"], 75, "--clips must be at least 1"),
         ("evaluate", ["--device", "gpu"], 1, "--device gpu cannot be used"),
     ],

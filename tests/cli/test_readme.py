@@ -201,7 +201,8 @@ def test_every_option_named_in_the_text_exists() -> None:
     texts = [help_text(name) for name in (*scripts, "pretrain.py", "evaluate.py", "submit.py")]
     texts += [help_text("prepare.py", name) for name in ("run", "records", "inspect", "verify", "digits")]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
-    texts += [help_text("benchmark.py", name) for name in ("import", "generate")]
+    texts += [help_text("benchmark.py", name) for name in ("import", "generate", "train")]
+    texts += [help_text("plan.py"), help_text("plan.py", "check"), help_text("doctor.py")]
     weights = ("import-sat", "add-tokenizers", "export-sat", "export-safetensors", "parity", "parity-file")
     texts += [help_text("convert.py", name) for name in (*weights, "import-icetk-text", "import-icetk-frames")]
     texts += [help_text("prove.py", name) for name in re.findall(r"\{([\w,]+)\}", help_text("prove.py"))[0].split(",")]
@@ -210,7 +211,7 @@ def test_every_option_named_in_the_text_exists() -> None:
     foreign = ["--num_accelerators", "--gpus-per-node", "--logdir"]  # of deepspeed, srun and tensorboard
     foreign += ["--shutdown-timeout", "--signals-to-handle", "--signal", "-TERM", "-f"]  # of torchrun, scancel, pkill
     foreign += ["--nodes", "--ntasks-per-node", "--container-image", "--map-by", "-x"]  # of srun and mpirun
-    foreign += ["--launcher", "--hostfile"]  # of deepspeed
+    foreign += ["--launcher", "--hostfile", "-l"]  # of deepspeed and ulimit
     known = "\n".join([*texts, *foreign])
     for page in PAGES:
         for code in inline_code(page):

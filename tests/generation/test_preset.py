@@ -47,6 +47,7 @@ RELEASED = {
     "guided_suffix": VIDEO,
     "batch_size": 8,
     "kernels": "auto",
+    "base_precision": None,
     "cuda_graphs": True,
     "overlap": 1,
     "seed": 1234,

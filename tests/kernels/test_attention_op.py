@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megacog_kernels import dispatch
 from megacog_kernels.attention import AttentionOutput, attention
 from megacog_kernels.attention.dispatch import choose
-from megacog_kernels.attention.ops import _decode, _encode
+from megacog_kernels.attention.ops import _encode, decode_mask
 from megacog_kernels.grid import MaskSpec, Order, Space, VideoGrid
 
 GRID = VideoGrid(3, 2, 3)
@@ -237,8 +237,8 @@ def test_masks_survive_the_way_through_an_operator() -> None:
     spaces = [Space(), Space("frame"), Space("local3d", (3, 5)), Space("local3d", (3, 5), 2), WINDOW.space]
     for space in spaces:
         mask = MaskSpec(Order((0, 2, 1), (True, False, True)), space)
-        assert _decode(_encode(mask, GRID)) == (mask, GRID, None)
-        assert _decode(_encode(mask, GRID, (0, 2))) == (mask, GRID, (0, 2))
+        assert decode_mask(_encode(mask, GRID)) == (mask, GRID, None)
+        assert decode_mask(_encode(mask, GRID, (0, 2))) == (mask, GRID, (0, 2))
 
 
 def test_auto_says_once_what_runs_and_why(caplog: pytest.LogCaptureFixture) -> None:
