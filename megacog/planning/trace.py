@@ -33,6 +33,7 @@ from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog.parallel.sequence import SequenceParallel
 from megacog.parallel.tensor import TensorParallel
+from megacog_kernels import products
 from megacog_kernels.attention.ops import decode_mask
 from megacog_kernels.cross_entropy.chunks import row_stride
 
@@ -119,7 +120,7 @@ def _run(config: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, ker
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(ledger.consume)
-        with fused_dropouts() if gpu else nullcontext(), ledger:
+        with as_on_a_gpu() if gpu else nullcontext(), ledger:
             loss = model(**inputs, stage=stage).loss
             saved = ledger.live
             loss.backward()
@@ -248,9 +249,11 @@ def _visible_pairs(code: tuple[int, ...]) -> int:
 
 
 @contextmanager
-def fused_dropouts() -> Iterator[None]:
-    """Dropouts run as on a GPU, where each is one kernel that keeps a mask of a byte per element."""
-    with mock.patch.object(nn.Dropout, "forward", _fused_dropout):
+def as_on_a_gpu() -> Iterator[None]:
+    """Products take bf16 as it is, and each dropout is one kernel that keeps a mask of a byte per element."""
+    with mock.patch.object(nn.Dropout, "forward", _fused_dropout), mock.patch.object(
+        products, "through_fp32", lambda x: False
+    ):
         yield
 
 

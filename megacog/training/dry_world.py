@@ -34,7 +34,7 @@ from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.planning.memory import engine_state
 from megacog.planning.plan import accumulation_steps, count_elements, data_parallel, plan_peak, replicas
-from megacog.planning.trace import Ledger, fused_dropouts
+from megacog.planning.trace import Ledger, as_on_a_gpu
 from megacog.runtime.cli import run
 from megacog.training.engine import build_engine
 from megacog.training.precision import DTYPES
@@ -144,7 +144,7 @@ def _no_data() -> Iterator[None]:
         stack.enter_context(mock.patch.object(Tensor, "data_ptr", lambda _: 0))
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda module, *_, **__: module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(fused_dropouts())
+        stack.enter_context(as_on_a_gpu())
         stack.enter_context(_AnswerScalars())
         yield
 
