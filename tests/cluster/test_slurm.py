@@ -96,7 +96,7 @@ def test_a_job_on_two_nodes_trains_to_its_export(cluster: SlurmCluster, undistur
         r"\(host from MASTER_ADDR, port from job step \d+\.0\)",
         said,
     ), said
-    assert "2 ranks by slurm: tensor 1 x data 2" in said
+    assert "2 ranks by slurm: tensor 1 x sequence 1 x data 2" in said
     assert [step for step, *_ in numbers(undisturbed)] == list(range(1, 41))
     assert tensors(undisturbed)
 
