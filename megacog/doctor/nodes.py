@@ -13,7 +13,7 @@ from megacog.doctor.devices import DeviceSpeed, device_checks, lagging_checks, m
 from megacog.doctor.machine import gpu_checks
 from megacog.doctor.network import missing_ranks, node_checks, node_rates, pair_checks, pair_rates
 from megacog.errors import EnvError
-from megacog.runtime.hardware import available_cores, describe_device
+from megacog.runtime.hardware import available_cores, describe_device, rank_device
 from megacog.runtime.ranks import Ranks
 
 
@@ -28,13 +28,11 @@ def device_and_job_checks(node: str, own: list[Check], answer: str | None, ranks
         seconds: To wait for the other ranks.
     """
     torch.set_num_threads(max(1, available_cores() // ranks.local_world_size))
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = rank_device(ranks)
     if ranks.local_rank == 0:
         own = [*own, libraries_check(), *gpu_checks(answer, torch.cuda.device_count())]
     speed = measure_device(device)
-    own = [*own, *device_checks(speed, f"GPU {ranks.local_rank}" if device.type == "cuda" else "CPU")]
+    own = [*own, *device_checks(speed, f"GPU {device.index}" if device.type == "cuda" else "CPU")]
     if ranks.world_size == 1:
         return {node: own}
     return check_all(node, own, speed, device, ranks, seconds)

@@ -11,7 +11,6 @@ Tensor suffixes: T frames, H/W pixels, C channels.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from megacog.generation.infer import FrameMeter, load_generator, slug
 from megacog.generation.output import Strip, spread, watchable_scale, write_contact_sheet, write_mp4
 from megacog.prepare import digits
 from megacog.runtime import log
-from megacog.runtime.files import atomic_file
+from megacog.runtime.files import write_json
 from megacog.runtime.hardware import usable_device
 from megacog.tokenizers.frames import FrameTokenizer
 
@@ -194,9 +193,7 @@ def evaluate(
         },
         "clips": rows,
     }
-    with atomic_file(out / "report.json", "w") as file:
-        json.dump(report, file, indent=1)
-        file.write("\n")
+    write_json(out / "report.json", report)
     return report
 
 

@@ -7,7 +7,6 @@ the captioned direction, measured at the center of its ink.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from megacog.generation.hierarchy import ClipGenerator, ClipRequest, whole_clips
 from megacog.generation.infer import load_generator
 from megacog.prepare.digits import VECTORS
 from megacog.runtime import log
-from megacog.runtime.files import atomic_file
+from megacog.runtime.files import write_json
 
 RATES = (1.0, 2.0, 4.0)
 """Key frames per second."""
@@ -73,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'ratio (0.5 = obeyed)':28}{'':10}" + "".join(f"{ratio:10.3f}" for ratio in ratios))
     if arguments.json is not None:
         rows = {task.caption: row.round(4).tolist() for task, row in zip(wanted, shifts, strict=True)}
-        with atomic_file(arguments.json, "w") as file:
-            json.dump({"fps": RATES, "mean": means.tolist(), "ratios": ratios, "captions": rows}, file, indent=1)
+        write_json(arguments.json, {"fps": RATES, "mean": means.tolist(), "ratios": ratios, "captions": rows})
     obeyed = all(abs(ratio - 0.5) <= TOLERANCE for ratio in ratios)
     print(f"the frame rate is {'obeyed' if obeyed else 'NOT obeyed'}: ratios within 0.5 +- {TOLERANCE}")
     return 0 if obeyed else 1

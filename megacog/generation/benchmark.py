@@ -11,7 +11,6 @@ that of a copy in the same run. Text and frame tokenizers are small and random, 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from megacog.model.transformer import CogVideo
 from megacog.parallel.tensor import materialize
 from megacog.prepare.digits import captions
 from megacog.runtime.cli import run
+from megacog.runtime.files import write_json
 from megacog.runtime.hardware import describe_device, usable_device
 from megacog.tokenizers.frames import ConvTokenizer, ConvTokenizerConfig
 from megacog.tokenizers.text import TextTokenizer, train_text_tokenizer
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if on_gpu:
         print("\n" + "\n".join(goals(report)))
     if options.json:
-        options.json.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, asdict(report))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def _run(config: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, ker
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     grid = stage_layout(config, stage).grid
     with _groups(tensor, sequence) as (parallel, shared), FakeTensorMode():
-        with _default_dtype(dtype):
+        with default_dtype(dtype):
             plus = () if stage == "base" else (stage,)
             model = CogVideo(config, plus, parallel, policy, kernels, shared)
         model.trainable(stage)
@@ -262,7 +262,8 @@ def _fused_dropout(module: nn.Dropout, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules are built in this dtype: fake tensors cannot be cast afterwards."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -82,6 +82,13 @@ def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
             temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path | str, value: Any) -> None:
+    """Write a value as JSON in readable form, completely or not at all; see `atomic_file`."""
+    with atomic_file(path, "w") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+
+
 @contextmanager
 def atomic_directory(path: Path | str, replace: FolderKind | None = None) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `path`, durably, when the block ends without an error.

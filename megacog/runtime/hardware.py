@@ -7,9 +7,13 @@ import platform
 import re
 import resource
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megacog.errors import EnvError
+from megacog.runtime.ranks import Ranks, gpu_index
+
+if TYPE_CHECKING:
+    import torch
 
 # Dense peak of one device in TFLOP/s: (name pattern, bf16 on tensor cores, fp32 without TF32), from the
 # vendors' data sheets. First match wins. A device that is not here has no MFU: a guess would be worse.
@@ -105,6 +109,21 @@ def usable_device(name: str) -> str:
             f"--device {name} cannot be used: {reason.rstrip('.')}. Devices here: {', '.join(['cpu', *found])}."
         ) from error
     return name
+
+
+def rank_device(ranks: Ranks) -> torch.device:
+    """Make this rank's GPU the current device and return it; without GPUs, the CPU.
+
+    Raises:
+        EnvError: there are fewer GPUs than ranks on this machine.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", gpu_index(ranks, torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
 
 
 def available_cores() -> int:

@@ -9,7 +9,6 @@ Each case is built, warmed up, timed and profiled by itself, in one process, bes
 from __future__ import annotations
 
 import argparse
-import json
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +20,10 @@ import torch
 
 from megacog.errors import EXIT_DONE, EXIT_FAULT, MegacogError
 from megacog.metrics.profile import KINDS
+from megacog.planning.cluster import GIB
 from megacog.planning.plan import plan_peak
 from megacog.runtime.cli import run
-from megacog.runtime.files import atomic_file
+from megacog.runtime.files import write_json
 from megacog.runtime.hardware import describe_device
 from megacog.runtime.peak_memory import what
 from megacog.runtime.speed import copy_bandwidth, matmul_tflops
@@ -32,7 +32,6 @@ from megacog.training.precision import DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_CONFIG, CPU_CONFIG = ROOT / "configs/cogvideo-9b.yaml", ROOT / "configs/digits.yaml"
-GIB = 2**30
 ORIGINAL_TOKENS_PER_SECOND = 470
 """Of one A100 in the original's published run: 416 samples of 2064 tokens in 17 to 19 s on 104 of them."""
 MEMORY_LIMIT = 135 * GIB
@@ -216,8 +215,7 @@ def write(path: Path | None, rows: Sequence[Row], judged: Sequence[Goal], matmul
         "device": describe_device(), "matmul_tflops": matmul, "copy_bytes_per_second": copy,
         "rows": [as_json(row) for row in rows], "goals": [asdict(goal) for goal in judged],
     }  # fmt: skip
-    with atomic_file(path, "w") as file:
-        json.dump(found, file, indent=1)
+    write_json(path, found)
 
 
 def as_json(row: Row) -> dict[str, Any]:

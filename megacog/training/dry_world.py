@@ -32,9 +32,10 @@ from megacog.config.schema import Config
 from megacog.errors import ConfigError
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
+from megacog.planning.cluster import GIB
 from megacog.planning.memory import engine_state
 from megacog.planning.plan import accumulation_steps, count_elements, data_parallel, plan_peak, replicas
-from megacog.planning.trace import Ledger, as_on_a_gpu
+from megacog.planning.trace import Ledger, as_on_a_gpu, default_dtype
 from megacog.runtime.cli import run
 from megacog.training.engine import build_engine
 from megacog.training.precision import DTYPES
@@ -42,7 +43,6 @@ from megacog.training.pretrain import example_inputs
 
 BYTES_ACCEPTED = 0.01
 PEAK_ACCEPTED = 0.05
-_GIB = 2**30
 Fragments = dict[str, tuple[int, int]]
 """Trained parameter -> first element and number of elements that a rank updates."""
 
@@ -102,13 +102,9 @@ def run_rank(config: Config, world: int, rank: int, steps: bool) -> RankReport:
 
 def _fake_model(config: Config, groups: ProcessGroups) -> CogVideo:
     train = config.train
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[train.precision])
-    try:
+    with default_dtype(DTYPES[train.precision]):
         plus = () if train.stage == "base" else (train.stage,)
         model = CogVideo(config.model, plus, groups.tensor, train.activation_checkpointing, "triton", groups.sequence)
-    finally:
-        torch.set_default_dtype(dtype)
     model.trainable(train.stage)
     return model
 
@@ -181,7 +177,7 @@ def _compare_bytes(
     found: WorldReport, report: RankReport, what: str, actual: float, planned: float, accepted: float
 ) -> None:
     difference = planned / actual - 1
-    sizes = f"planned {planned / _GIB:9.4f} GiB  dry run {actual / _GIB:9.4f} GiB"
+    sizes = f"planned {planned / GIB:9.4f} GiB  dry run {actual / GIB:9.4f} GiB"
     line = f"rank {report.rank:4}  {what:5}  {sizes}  {100 * difference:+6.2f} %"
     found.lines.append(line)
     if abs(difference) > accepted:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from megacog.model.flops import Work, tokens_per_sample, training_work
 from megacog.runtime.peak_memory import peak_bytes, start_peak
 from megacog.runtime.speed import synchronize
 from megacog.training.engine import Engine
-from megacog.training.synthetic import random_batch, random_engine
+from megacog.training.synthetic import random_engine, random_inputs
 
 WARM_UPS = 3
 FEWEST_STEPS = 3
@@ -117,7 +116,7 @@ def measure(config: Config, case: Case, device: torch.device, seconds: float) ->
 
 def _measure(config: Config, case: Case, device: torch.device, seconds: float) -> Measured:
     start_peak(device)
-    step = _stepper(random_engine(config, device), config, case, device)
+    step = _stepper(random_engine(config, device), config, device)
     for _ in range(WARM_UPS):
         step()
     times: list[float] = []
@@ -134,12 +133,8 @@ def _measure(config: Config, case: Case, device: torch.device, seconds: float) -
     return Measured(case, work, typical, len(times), float(loss), peak, tokens / typical, profile)
 
 
-def _stepper(engine: Engine, config: Config, case: Case, device: torch.device) -> Callable[[], torch.Tensor]:
-    batch = random_batch(config.model, case.stage, case.micro_batch, seed=0).to(device)
-    inputs: dict[str, Any] = {
-        "text_BL": batch.text_BL, "text_valid_BL": batch.text_valid_BL, "frames_BTP": batch.frames_BTP,
-        "stage": case.stage,
-    }  # fmt: skip
+def _stepper(engine: Engine, config: Config, device: torch.device) -> Callable[[], torch.Tensor]:
+    inputs = random_inputs(config, device)
 
     def step() -> torch.Tensor:
         loss = engine.forward(**inputs).loss

@@ -13,7 +13,6 @@ Disk for the 9B model: 11.8 GB of frozen weights and one checkpoint of 25.5 GB, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -32,18 +31,16 @@ from megacog.checkpoint.rng import seed_everything
 from megacog.config.schema import Config
 from megacog.errors import EXIT_DONE, EXIT_FAULT, EnvError
 from megacog.metrics.record import FILE_NAME, Recorder, read_records
-from megacog.metrics.throughput import Throughput
-from megacog.model.flops import tokens_per_sample, training_work
 from megacog.runtime import log as logs
 from megacog.runtime.cli import run
-from megacog.runtime.files import atomic_file
-from megacog.runtime.hardware import describe_device, device_name, peak_tflops
+from megacog.runtime.files import write_json
+from megacog.runtime.hardware import describe_device
 from megacog.runtime.signals import StopFlag
 from megacog.training.benchmark import CPU_CONFIG, GPU_CONFIG
 from megacog.training.engine import build_engine
 from megacog.training.loop import Loop
 from megacog.training.measure import Case, case_config
-from megacog.training.pretrain import build_model, example_inputs, versions
+from megacog.training.pretrain import build_model, build_throughput, example_inputs, versions
 from megacog.training.state import RunState, shapes_of
 from megacog.training.synthetic import SINGLE, batches, random_base
 
@@ -155,8 +152,7 @@ def say(outcome: Outcome, arguments: argparse.Namespace, seconds: float) -> None
         f"{outcome.step_seconds:.3f} s per step, {seconds:.0f} s in all: {'accepted' if outcome.accepted else 'MISSED'}"
     )
     if arguments.json is not None:
-        with atomic_file(arguments.json, "w") as file:
-            json.dump({"device": describe_device(), **vars(outcome), "accepted": outcome.accepted}, file, indent=1)
+        write_json(arguments.json, {"device": describe_device(), **vars(outcome), "accepted": outcome.accepted})
 
 
 def memorizing_config(arguments: argparse.Namespace) -> Config:
@@ -186,9 +182,7 @@ def train(arguments: argparse.Namespace) -> None:
     start = state.restore(resumed, example_inputs(config, device)) if resumed else 0
     recorder = Recorder(arguments.run_dir, 0, tensorboard=False)
     recorder.truncate_after(start)
-    work = training_work(config.model, "sequential", config.train.activation_checkpointing)
-    peak = peak_tflops(device_name(), config.train.precision)
-    throughput = Throughput(work.model, work.hardware, tokens_per_sample(config.model, "sequential"), 1, peak)
+    throughput = build_throughput(config, world_size=1)
 
     def save(step: int) -> None:
         if step == arguments.save_at:  # one only: two would not fit on every disk

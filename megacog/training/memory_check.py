@@ -22,15 +22,11 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megacog.config.schema import Checkpointing, Config
-from megacog.model.init import initialize_base, initialize_plus
-from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups, build_process_groups
-from megacog.parallel.tensor import materialize
 from megacog.planning.plan import POLICIES, plan_peak
 from megacog.runtime.cli import run
-from megacog.training.engine import build_engine
-from megacog.training.precision import DTYPES
 from megacog.training.pretrain import example_inputs
+from megacog.training.synthetic import random_engine
 
 ACCEPTED = 0.05
 """Largest relative difference of planned and measured peak."""
@@ -78,16 +74,7 @@ def measure_peak(config: Config, groups: ProcessGroups) -> int:
     """Most bytes that this rank's allocator has handed out at once in the second optimizer step. Collective."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        with torch.device("meta"):
-            stage, train = config.train.stage, config.train
-            plus = () if stage == "base" else (stage,)
-            model = CogVideo(config.model, plus, groups.tensor, train.activation_checkpointing, train.kernels)
-        materialize(model, "cpu", DTYPES[train.precision])
-        initialize_base(model, seed=1)
-        if stage != "base":
-            initialize_plus(model, stage, "copy", seed=1)
-        model.trainable(stage)
-        engine = build_engine(config, model, groups, ACCUMULATION)
+        engine = random_engine(config, torch.device("cpu"), groups)
         inputs = example_inputs(config, torch.device("cpu"))
         for step in range(2):
             with record_function(f"{_MARK} {step}"):

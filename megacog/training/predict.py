@@ -9,7 +9,6 @@ third within 3 %. What shares of a step do not grow with depth, and what a plann
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ from pathlib import Path
 import torch
 
 from megacog.errors import EXIT_DONE, EXIT_FAULT
+from megacog.planning.cluster import GIB
 from megacog.runtime.cli import run
-from megacog.runtime.files import atomic_file
+from megacog.runtime.files import write_json
 from megacog.runtime.hardware import describe_device
 from megacog.runtime.peak_memory import what
-from megacog.training.benchmark import CPU_CONFIG, GIB, GPU_CONFIG
+from megacog.training.benchmark import CPU_CONFIG, GPU_CONFIG
 from megacog.training.measure import Case, Measured, case_config, measure
 
 TOLERANCE = 0.03
@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     predictions = predict(arguments.layers, found)
     if arguments.json is not None:
         rows = [asdict(prediction) | {"error": prediction.error} for prediction in predictions]
-        with atomic_file(arguments.json, "w") as file:
-            json.dump({"device": describe_device(), "layers": arguments.layers, "predictions": rows}, file, indent=1)
+        write_json(arguments.json, {"device": describe_device(), "layers": arguments.layers, "predictions": rows})
     print("\n".join(map(str, predictions)))
     return EXIT_DONE if all(prediction.accepted for prediction in predictions) else EXIT_FAULT
 

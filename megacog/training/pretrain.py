@@ -44,8 +44,8 @@ from megacog.planning.plan import accumulation_steps
 from megacog.planning.require import require_memory
 from megacog.runtime import log as logs
 from megacog.runtime.files import atomic_file, require_replaceable
-from megacog.runtime.hardware import available_cores, describe_device, device_name, peak_tflops
-from megacog.runtime.ranks import Ranks, discover, gpu_index, require_world
+from megacog.runtime.hardware import available_cores, describe_device, device_name, peak_tflops, rank_device
+from megacog.runtime.ranks import Ranks, discover, require_world
 from megacog.runtime.signals import StopFlag
 from megacog.tokenizers.frames import FrameTokenizer, load_frame_tokenizer
 from megacog.tokenizers.text import TextTokenizer
@@ -107,11 +107,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def start_processes(config: Config, ranks: Ranks) -> torch.device:
     """Join the other ranks; the device of this one."""
     torch.set_num_threads(config.train.threads or max(1, available_cores() // ranks.local_world_size))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", gpu_index(ranks, torch.cuda.device_count())) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+    device = rank_device(ranks)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
     return device
 
 
@@ -155,7 +152,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
 
     evaluation = load_evaluation(config, tokenizers.text, groups)
     loop = Loop(
-        config, engine, accumulation, device, evaluation, recorder, build_throughput(config, ranks), stop,
+        config, engine, accumulation, device, evaluation, recorder, build_throughput(config, ranks.world_size), stop,
         save=lambda step: save(state, step),
         sample=make_sampler(config, tokenizers, evaluation, engine, ranks),
     )  # fmt: skip
@@ -328,11 +325,12 @@ def save(state: RunState, step: int) -> None:
     log.info("step %d | checkpoint written", step)
 
 
-def build_throughput(config: Config, ranks: Ranks) -> Throughput:
+def build_throughput(config: Config, world_size: int) -> Throughput:
+    """The stopwatch of a run's steps."""
     stage = config.train.stage
     peak = config.metrics.peak_tflops or peak_tflops(device_name(), config.train.precision)
     work = training_work(config.model, stage, config.train.activation_checkpointing)
-    return Throughput(work.model, work.hardware, tokens_per_sample(config.model, stage), ranks.world_size, peak)
+    return Throughput(work.model, work.hardware, tokens_per_sample(config.model, stage), world_size, peak)
 
 
 def versions() -> dict[str, str]:

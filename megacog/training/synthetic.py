@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from megacog.model.init import whole_shape
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import ProcessGroups
+from megacog.planning.plan import accumulation_steps
 from megacog.training.engine import Engine, build_engine
 from megacog.training.precision import DTYPES
 from megacog.training.pretrain import build_model
@@ -64,12 +66,12 @@ def random_base(config: Config, device: torch.device) -> RandomBase:
     )  # fmt: skip
 
 
-def random_engine(config: Config, device: torch.device) -> Engine:
-    """The run's engine on one rank over random weights."""
+def random_engine(config: Config, device: torch.device, groups: ProcessGroups = SINGLE) -> Engine:
+    """The run's engine on this rank over random weights, ready to train. Collective."""
     export = random_base(config, device) if config.train.stage != "base" else None
-    model, _, _ = build_model(config, SINGLE, device, export, None)
+    model, _, _ = build_model(config, groups, device, export, None)
     model.train()
-    return build_engine(config, model, SINGLE, config.train.global_batch_size // config.train.micro_batch_size)
+    return build_engine(config, model, groups, accumulation_steps(config, groups.data_size))
 
 
 def random_batch(model: ModelConfig, stage: Stage, samples: int, seed: int) -> Batch:
@@ -85,6 +87,15 @@ def random_batch(model: ModelConfig, stage: Stage, samples: int, seed: int) -> B
         fps_B=torch.ones(samples),
         sample_ids=[f"random {seed}/{index}" for index in range(samples)],
     )
+
+
+def random_inputs(config: Config, device: torch.device) -> dict[str, Any]:
+    """The model's forward arguments for one micro batch of random samples."""
+    batch = random_batch(config.model, config.train.stage, config.train.micro_batch_size, seed=0).to(device)
+    return {
+        "text_BL": batch.text_BL, "text_valid_BL": batch.text_valid_BL, "frames_BTP": batch.frames_BTP,
+        "stage": config.train.stage,
+    }  # fmt: skip
 
 
 def batches(model: ModelConfig, stage: Stage, samples: int, distinct: int, start: int = 0) -> Iterator[Batch]:
