@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megacog.config.schema import Config
 from megacog.data.batch import Batch
@@ -19,6 +19,7 @@ from megacog.metrics.record import Recorder
 from megacog.metrics.throughput import StepSpeed, Throughput
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import LossOutput
+from megacog.runtime.faults import fault_point
 from megacog.runtime.hardware import memory_gib
 from megacog.runtime.log import get_logger
 from megacog.runtime.signals import StopFlag
@@ -104,22 +105,36 @@ class Loop:
         sums, sample_ids = self._zeros(), []
         for _ in range(self.accumulation):
             with self.throughput.waiting():
+                fault_point("data", step)
                 batch = next(batches).to(self.device)
-            output = self.engine.forward(**self.inputs(batch))
+            output = self.forward(batch, step)
             self.engine.backward(output.loss)
             sums[1:] += self._numbers(output) / self.accumulation
             sample_ids += batch.sample_ids
         rate = learning_rate(step, self.config.train)
         applied = self.engine.step(rate)
+        if fault_point("step", step) == "flip":
+            flip_bit(self.engine.model)
         sums[0] = float(self.stop.requested)
         stop, loss, *frame_loss = self._mean_over_ranks(sums)
         return StepReport(
             step, loss, self._by_frame(frame_loss), self.engine.grad_norm, rate, applied, stop > 0, sample_ids
         )
 
+    def forward(self, batch: Batch, step: int) -> LossOutput:
+        """The losses of a micro batch of a step."""
+        spoil = fault_point("forward", step)
+        output = self.engine.forward(**self.inputs(batch))
+        if spoil == "nan":
+            output = LossOutput(output.loss * float("nan"), output.frame_loss_Q)
+        if fault_point("backward", step) == "nan":
+            output.loss.register_hook(lambda gradient: gradient * float("nan"))
+        return output
+
     @torch.no_grad()
     def evaluate(self, step: int) -> float:
         """Mean loss over the evaluation batches of all ranks, logged and recorded."""
+        fault_point("evaluate", step)
         self.engine.model.eval()
         sums = self._zeros()
         samples = sum(len(batch) for batch in self.evaluation)
@@ -188,6 +203,13 @@ class Loop:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0 = never) happens at this step."""
     return every > 0 and step % every == 0
+
+
+@torch.no_grad()
+def flip_bit(model: nn.Module) -> None:
+    """Change one bit of one weight, as a cosmic ray or a bad memory cell would."""
+    weight = next(parameter for parameter in model.parameters() if parameter.numel())
+    weight.view(-1)[:1].view(torch.uint8)[0] ^= 1
 
 
 def _format_frames(losses: dict[str, float]) -> str:

@@ -42,6 +42,7 @@ from megacog.parallel.tensor import materialize
 from megacog.planning.cluster import Cluster, Device
 from megacog.planning.plan import accumulation_steps
 from megacog.planning.require import require_memory
+from megacog.runtime import faults
 from megacog.runtime import log as logs
 from megacog.runtime.files import atomic_file, require_replaceable
 from megacog.runtime.hardware import available_cores, describe_device, device_name, peak_tflops, rank_device
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = discover()
     logs.setup(ranks.rank)
     log.info("%s", ranks)
+    faults.arm(ranks.rank)
     config = load_config(arguments.config, arguments.overrides)
     require_world(ranks, config.cluster)
     with StopFlag() as stop:
