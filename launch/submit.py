@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megacog.planning.jobs import main
 from megacog.runtime.cli import run
-from megacog.runtime.jobs import main
 
 if __name__ == "__main__":
     run(lambda: main(Path(__file__).parent / "slurm"))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from megacog.config.cluster import ClusterConfig
 from megacog.config.load import load_config
 from megacog.config.schema import Config
 from megacog.errors import EXIT_CONFIG, EXIT_DONE, ConfigError
@@ -19,9 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a plan; 0 if the run fits, 75 if it does not fit or divide."""
     arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    per_node, memory = _gpus(arguments.gpus)
+    per_node, memory = _gpus(arguments.gpus, config.cluster)
     device = find_device(arguments.device, memory, config.train.precision)
-    cluster = Cluster(device, per_node, arguments.nodes, Assumptions().changed(arguments.assume))
+    nodes = arguments.nodes or config.cluster.nodes or 1
+    cluster = Cluster(device, per_node, nodes, Assumptions().changed(arguments.assume))
     if arguments.weak_scaling is not None:
         return _print_scaling(config, cluster, arguments.weak_scaling)
     found = plan(config, cluster)
@@ -35,8 +37,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="`plan.py check` compares planned with measured memory. Any key of the configuration can be overridden.",
     )  # fmt: skip
     parser.add_argument("--config", required=True, type=Path, help="YAML file of the run")
-    parser.add_argument("--gpus", required=True, metavar="NxGIB", help="GPUs per node and memory of each: 8x80")
-    parser.add_argument("--nodes", type=_positive, default=1)
+    parser.add_argument(
+        "--gpus", metavar="NxGIB", help="GPUs per node and memory of each: 8x80; default: those of the cluster section"
+    )
+    parser.add_argument("--nodes", type=_positive, help="default: cluster.nodes, or 1")
     parser.add_argument("--device", help="H100, H200, A100, ..., or cpu; default: the usual one of that memory")
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="change an assumption")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -58,7 +62,11 @@ def _sizes(text: str) -> list[int]:
     return [_positive(size) for size in text.split(",")]
 
 
-def _gpus(text: str) -> tuple[int, float]:
+def _gpus(text: str | None, cluster: ClusterConfig) -> tuple[int, float]:
+    if text is None:
+        if not cluster.gpus_per_node or cluster.gpu_memory_gib is None:
+            raise ConfigError("say --gpus 8x80, or set cluster.gpus_per_node and cluster.gpu_memory_gib")
+        return cluster.gpus_per_node, cluster.gpu_memory_gib
     found = re.fullmatch(r"([1-9]\d*)x(\d+(?:\.\d+)?)", text)
     if found is None or float(found[2]) <= 0:
         raise ConfigError(f"--gpus {text}: expected GPUs per node x GiB of each, such as 8x80")

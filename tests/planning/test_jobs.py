@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacog.errors import ConfigError, EnvError
-from megacog.runtime.jobs import KINDS, fill, main
+from megacog.planning.jobs import KINDS, fill, main
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "launch/slurm"
-CLUSTER = ["cluster.nodes=13", "cluster.gpus_per_node=8"]
+CLUSTER = [
+    "cluster.nodes=13", "cluster.gpus_per_node=8", "train.global_batch_size=104", "train.micro_batch_size=1"
+]  # fmt: skip
 CONTAINER = 'cluster.container={runtime: pyxis, image: "my image.sqsh", mounts: ["/data:/data"]}'
 
 
@@ -112,6 +115,21 @@ def test_preparation_and_generation_take_the_words_of_their_programs(capsys: pyt
 )
 def test_what_cannot_stand_in_a_job_script_is_refused(words: list[str], message: str) -> None:
     assert message in refusal(*words)
+
+
+def test_a_run_that_does_not_divide_or_fit_is_not_queued() -> None:
+    assert "is not a multiple of train.micro_batch_size 1 x 88 data-parallel ranks" in refusal(
+        *CLUSTER, "cluster.nodes=11"
+    )
+    large = [*CLUSTER, "train.micro_batch_size=512", "train.global_batch_size=53248"]
+    message = refusal(*large, "cluster.gpu_memory_gib=4")
+    assert re.search(r"the run needs [\d.]+ GiB per GPU and tensors may take 2\.4 GiB", message)
+    assert "train.micro_batch_size=" in message.split("What fits", 1)[1]
+
+
+def test_a_run_that_fits_or_whose_memory_is_not_known_is_queued(capsys: pytest.CaptureFixture[str]) -> None:
+    shown(capsys, "cluster.gpu_memory_gib=4")
+    shown(capsys, "train.micro_batch_size=512", "train.global_batch_size=53248")
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=12), max_size=4))
@@ -231,7 +249,7 @@ def test_a_chain_goes_on_by_itself_and_is_cancelled_when_it_is_over(tmp_path: Pa
 def test_a_job_starts_its_program_on_all_ranks(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], called: str
 ) -> None:
-    script = "\n".join(shown(capsys, "cluster.nodes=2", *words))
+    script = "\n".join(shown(capsys, "cluster.nodes=2", "train.global_batch_size=16", *words))
     said = in_job(tmp_path, script, 0, SLURM_ARRAY_JOB_ID="5" if "pretrain_array" in words else "")
     line = called.format(root=ROOT, here=tmp_path, config=ROOT / "configs/digits.yaml")
     assert any(line in f"{other} " for other in said), said

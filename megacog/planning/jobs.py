@@ -54,6 +54,7 @@ def main(templates: Path, argv: Sequence[str] | None = None) -> int:
     if kind in ("prepare", "infer") and not words:
         raise ConfigError(f"--kind {kind} needs the words of launch/{kind}.py after --")
     if kind.startswith("pretrain"):
+        require_runnable(config)
         words = ["--config", str(options.config), *options.overrides]
     name = f"{kind}.sbatch"
     script = fill(
@@ -70,6 +71,25 @@ def main(templates: Path, argv: Sequence[str] | None = None) -> int:
     with atomic_file(folder / name, "w") as file:
         file.write(script)
     return _run("sbatch", str(folder / name)).returncode
+
+
+def require_runnable(config: Config) -> None:
+    """Refuse a run before it is queued.
+
+    Raises:
+        ConfigError: It does not divide over the ranks of `cluster`, or cannot fit on its GPUs, with the plan's numbers.
+    """
+    from megacog.planning.cluster import Cluster, Device
+    from megacog.planning.plan import accumulation_steps, data_parallel
+    from megacog.planning.require import require_memory
+
+    cluster = config.cluster
+    if cluster.nodes is None:
+        raise ConfigError("cluster.nodes is not set: say on how many machines the job runs")
+    accumulation_steps(config, data_parallel(config, cluster.nodes * cluster.local_ranks))
+    if cluster.gpus_per_node and cluster.gpu_memory_gib is not None:
+        gpu = Device("GPU", cluster.gpu_memory_gib)
+        require_memory(config, Cluster(gpu, cluster.gpus_per_node, cluster.nodes))
 
 
 def _parser() -> argparse.ArgumentParser:
