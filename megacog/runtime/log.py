@@ -25,6 +25,10 @@ class _ProgressSafeHandler(logging.Handler):
             self.handleError(record)
 
 
+SHARED = {"shared": True}
+"""`log.warning(..., extra=SHARED)`: every rank would say the same, so rank 0 alone does."""
+
+
 def setup(rank: int = 0) -> None:
     """Send log lines of megacog and its kernels to stderr: all from rank 0, warnings and errors from the others."""
     who = "" if rank == 0 else f" rank {rank}"
@@ -34,6 +38,8 @@ def setup(rank: int = 0) -> None:
         for old in [handler for handler in logger.handlers if isinstance(handler, _ProgressSafeHandler)]:
             logger.removeHandler(old)
         handler = _ProgressSafeHandler()
+        if rank != 0:
+            handler.addFilter(lambda record: not getattr(record, "shared", False))
         handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

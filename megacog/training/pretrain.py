@@ -130,8 +130,9 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     if export is not None:
         theirs = fingerprints_of(export)
         check_tokenizers(tokenizers, theirs, export.path)
-        for kind in sorted(_KINDS.keys() - theirs.keys()) if ranks.rank == 0 else ():
-            log.warning("%s holds no %s; the run's own is taken to be its weights'", export.path, _KINDS[kind])
+        for kind in sorted(_KINDS.keys() - theirs.keys()):
+            text = "%s holds no %s; the run's own is taken to be its weights'"
+            log.warning(text, export.path, _KINDS[kind], extra=logs.SHARED)
 
     seed_everything(config.train.seed + groups.data_rank)
     model, resumed, sources = build_model(config, groups, device, export, checkpoint)

@@ -15,7 +15,7 @@ from megacog.config.schema import Config, ModelConfig, PlusStage
 from megacog.errors import CheckpointError, ConfigError
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
-from megacog.runtime.log import get_logger
+from megacog.runtime.log import SHARED, get_logger
 from megacog.training.state import local_part
 
 log = get_logger(__name__)
@@ -97,7 +97,8 @@ def start_weights(config: Config, model: CogVideo, export: Export | None) -> dic
         sources["base"] = str(export.path)
     if stage == "base":
         if export is not None and export.plus:
-            log.warning("training the base drops the attention-plus sets %s of %s", list(export.plus), export.path)
+            sets = list(export.plus)
+            log.warning("training the base drops the attention-plus sets %s of %s", sets, export.path, extra=SHARED)
         return sources
     sources[f"plus.{stage}"] = _start_plus(config, model, stage, export)
     return sources
@@ -107,7 +108,8 @@ def _start_plus(config: Config, model: CogVideo, stage: PlusStage, export: Expor
     origin = config.model.plus_from
     if origin == "base":
         if export is not None and stage in export.plus:
-            log.warning("%s holds plus.%s already; a fresh one is trained (model.plus_from: base)", export.path, stage)
+            text = "%s holds plus.%s already; a fresh one is trained (model.plus_from: base)"
+            log.warning(text, export.path, stage, extra=SHARED)
 
         def base(name: str) -> Tensor:
             """As it is stored: the model may hold it in fewer bits."""

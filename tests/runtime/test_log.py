@@ -28,6 +28,7 @@ def test_rank_0_says_everything_once_and_others_only_warnings(name: str, capsys:
     log.setup(1)
     logging.getLogger(name).info("second")
     logging.getLogger(name).warning("third")
+    logging.getLogger(name).warning("as on every rank", extra=log.SHARED)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[-1] for line in lines] == ["first", "third"]
     assert "rank 1" in lines[1]
