@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import re
@@ -10,19 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from loader_faults import children, hang, kill, misbehave
 
 from megacog.config.schema import Config
 from megacog.data.batch import Batch
 from megacog.data.loader import training_batches
-from megacog.data.shards import Shard
 from megacog.errors import ConfigError, DataError, EnvError
 from megacog.tokenizers.text import TextTokenizer
 
@@ -44,11 +41,6 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
             assert torch.equal(getattr(a, name), getattr(b, name))
         assert (a.context_BTP is None) == (b.context_BTP is None)
         assert a.context_BTP is None or torch.equal(a.context_BTP, b.context_BTP)
-
-
-def children() -> set[int]:
-    pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return {int(pid) for pid in pids}
 
 
 def test_a_batch_has_the_model_s_shapes_and_types(write_clips: Write, make_config: Make, text: TextTokenizer) -> None:
@@ -121,33 +113,6 @@ def test_a_damaged_frame_is_reported_as_it_is_from_any_process(
         for _ in range(20):
             next(batches)
     assert "\n" not in str(caught.value)
-
-
-def misbehave(monkeypatch: pytest.MonkeyPatch, folder: Path, fault: Callable[[], object], reads: Sequence[int]) -> None:
-    """Let loader processes fall into a fault before these reads of a clip, counted over all of them."""
-    read, parent = Shard.read, os.getpid()
-
-    def faulty(self: Shard, clip: int, indices: Any) -> Any:
-        if os.getpid() != parent and claim_number(folder) in reads:
-            fault()
-        return read(self, clip, indices)
-
-    def claim_number(folder: Path) -> int:
-        for number in itertools.count():
-            with suppress(FileExistsError):
-                (folder / f"read-{number}").touch(exist_ok=False)
-                return number
-        raise AssertionError
-
-    monkeypatch.setattr(Shard, "read", faulty)
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def hang() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 @pytest.mark.parametrize("fault", [kill, hang])
