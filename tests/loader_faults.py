@@ -21,7 +21,9 @@ def children() -> set[int]:
     return {int(pid) for pid in pids}
 
 
-def misbehave(monkeypatch: pytest.MonkeyPatch, folder: Path, fault: Callable[[], object], reads: Container[int]) -> None:
+def misbehave(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, fault: Callable[[], object], reads: Container[int]
+) -> None:
     """Let loader processes fall into a fault before these reads of a clip, counted over all of them."""
     read, parent = Shard.read, os.getpid()
 

@@ -1,4 +1,4 @@
-"""Shards that are cut, flipped, locked, deleted or lie: told before a sample of them is used, or nothing is different."""
+"""Shards that are cut, flipped, locked, deleted or lie: told before a sample of them is used, or no bit differs."""
 
 from __future__ import annotations
 

@@ -71,11 +71,12 @@ def test_processes_that_are_killed_or_hang_lose_no_sample_and_change_no_bit(
         assert metrics(tmp_path / f"run-{number}") == metrics(tmp_path / "intact")
         assert sha256s(tmp_path / f"run-{number}") == sha256s(tmp_path / "intact")
     assert children() == set()
-    figure(f"loader processes: 1 killed, 1 hung; {STEPS * SAMPLES} samples each, 0 lost, 0 twice, weights bitwise equal")
+    figure(f"loader processes: 1 killed, 1 hung; {STEPS * SAMPLES} samples each, 0 lost, 0 twice, same weights")
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [(kill, r"died \(signal SIGKILL\)"), (hang, r"gave nothing for 1.5 s \(data.worker_timeout\)")]
+    ("fault", "message"),
+    [(kill, r"died \(signal SIGKILL\)"), (hang, r"gave nothing for 1.5 s \(data.worker_timeout\)")],
 )
 def test_processes_that_fail_again_end_the_run_with_the_clip_s_name(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None], message: str
@@ -97,6 +98,6 @@ def test_an_error_in_a_process_ends_the_run_with_its_traceback_and_leaves_no_pro
 
     (tmp_path / "reads").mkdir()
     misbehave(monkeypatch, tmp_path / "reads", fail, [9])
-    with pytest.raises(RuntimeError, match=r"(?s)a loader process failed while reading clip .*ZeroDivisionError: a bug"):
+    with pytest.raises(RuntimeError, match=r"(?s)a loader process failed while reading clip .*Error: a bug"):
         train(2, "run")
     assert children() == set()
