@@ -220,6 +220,9 @@ class DataConfig(Section):
     """Share of samples whose caption (never the rate) becomes the null text."""
     workers: int = Field(default=2, ge=0)
     """Loader processes per rank; 0 = load in the training process."""
+    worker_timeout: float = Field(default=120.0, ge=1, le=86400)
+    """Seconds that a loader process may take for a micro batch. One that hangs or dies is replaced and reads the same
+    samples; when that one fails too, the run stops and names the clip."""
 
 
 class LossConfig(Section):

@@ -9,7 +9,7 @@ Dimensions: B batch, T frames, P cells of a frame.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -170,18 +170,25 @@ class StageDataset:
         """Returns the rate phase of an optimizer step."""
         return bisect_right(self.phase_starts, step) - 1
 
-    def batch(self, phase: int, positions: Sequence[int]) -> BatchArrays:
+    def batch(self, phase: int, positions: Sequence[int], note: Callable[[str], None] | None = None) -> BatchArrays:
         """Returns the samples at positions of a phase's stream.
+
+        Args:
+            phase: of the rates.
+            positions: in the stream.
+            note: called with the clip that is going to be read.
 
         Raises:
             DataError: a frame is damaged; the message names shard, clip and frame.
         """
-        samples = [self._sample(phase, sample) for sample in self._mixtures[phase].at(positions)]
+        samples = [self._sample(phase, sample, note) for sample in self._mixtures[phase].at(positions)]
         texts, frames, contexts, fps, ids = zip(*samples, strict=True)
         context_BTP = np.stack(contexts) if self._corruption else None
         return BatchArrays(list(texts), np.stack(frames), context_BTP, list(fps), list(ids))
 
-    def _sample(self, phase: int, sample: Sample) -> tuple[list[int], NDArray[Any], NDArray[Any], float, str]:
+    def _sample(
+        self, phase: int, sample: Sample, note: Callable[[str], None] | None
+    ) -> tuple[list[int], NDArray[Any], NDArray[Any], float, str]:
         """Returns (text ids, codes [T, P], corrupted codes [T, P], fps, id)."""
         source = self.sources[sample.source]
         clip = int(self._usable[phase][sample.source][sample.index])
@@ -190,6 +197,8 @@ class StageDataset:
         window, span_seconds = self._window(length, float(source.fps[clip]), self.min_fps[phase], numbers)
         shard, local = source.locate(clip)
         self._mark_used(shard)
+        if note is not None:
+            note(f"clip {shard.clip_ids[local]!r} of {shard.path}")
         codes_TP = shard.read(local, window.indices).reshape(window.frames, -1)
         dropped = unit(numbers[3]) < self._dropout
         text = self.texts.of(shard, local, span_seconds, dropped)

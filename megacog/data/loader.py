@@ -5,26 +5,17 @@ The order never depends on the number of loader processes: they fill in numbered
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import signal
-import sys
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
-from torch.utils.data import DataLoader, Dataset
+from collections.abc import Iterator
+from functools import partial
 
 from megacog.config.schema import Config
 from megacog.data.batch import Batch, BatchArrays, collate
 from megacog.data.dataset import StageDataset, open_sources
+from megacog.data.loader_processes import LoaderProcesses, Note
 from megacog.data.sampler import BatchPlan
-from megacog.errors import EnvError, MegacogError
+from megacog.errors import MegacogError
 from megacog.tokenizers.text import TextTokenizer
-
-_PR_SET_PDEATHSIG = 1
 
 
 class TrainingBatches(Iterator[Batch]):
@@ -42,30 +33,20 @@ class TrainingBatches(Iterator[Batch]):
         self.accumulation = plan.accumulation
         self._text, self._text_length = text, config.model.text_length
         sources = open_sources(config.data.train, "data.train")
-        dataset = _MicroBatches(StageDataset(config, sources, text, training=True), plan)
-        order = _Order(start_step, plan.accumulation)
+        dataset = StageDataset(config, sources, text, training=True)
+        make = partial(_micro_batch, dataset, plan, start_step)
+        self._processes: LoaderProcesses | None = None
         self._iterator: Iterator[BatchArrays | MegacogError] | None
-        self._end_workers: Callable[[], object] | None = None
         if config.data.workers:
-            self._iterator = _start_workers(dataset, order, config.data.workers)
-            # Also at exit, before multiprocessing waits for processes that would go on for ever.
-            self._end_workers = weakref.finalize(self, _end_workers, self._iterator)
+            self._processes = LoaderProcesses(make, config.data.workers, config.data.worker_timeout)
+            self._iterator = self._processes
         else:
-            self._iterator = map(dataset.__getitem__, order)
+            self._iterator = (make(number, None) for number in itertools.count())
 
     def __next__(self) -> Batch:
         if self._iterator is None:
             raise RuntimeError("the batches are closed")
-        try:
-            arrays = next(self._iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            self.close()
-            raise EnvError(
-                f"a loader process died ({str(error).splitlines()[0]}). It may have run out of memory: lower "
-                "data.workers, or set data.workers=0 to load in the training process."
-            ) from None
+        arrays = next(self._iterator)
         if isinstance(arrays, MegacogError):
             self.close()
             raise arrays
@@ -74,8 +55,8 @@ class TrainingBatches(Iterator[Batch]):
     def close(self) -> None:
         """Ends the loader processes; there are no batches afterwards."""
         self._iterator = None
-        if self._end_workers is not None:
-            self._end_workers()
+        if self._processes is not None:
+            self._processes.close()
 
     def __enter__(self) -> TrainingBatches:
         return self
@@ -95,7 +76,7 @@ def training_batches(
     Raises:
         ConfigError: the global batch is no multiple of micro batch x ranks.
         DataError: shards are missing, damaged, or hold nothing the stage can use; also from `next`.
-        EnvError: from `next`: a loader process died.
+        EnvError: from `next`: a loader process died or hung, and the one that replaced it too.
     """
     return TrainingBatches(config, text, data_rank=data_rank, data_size=data_size, start_step=start_step)
 
@@ -126,68 +107,19 @@ def evaluation_batches(
     ]
 
 
-class _Order:
-    """Yields (step, micro batch) from a step on, without end."""
+def _micro_batch(
+    dataset: StageDataset, plan: BatchPlan, start_step: int, number: int, note: Note | None
+) -> BatchArrays | MegacogError:
+    """Returns a micro batch of this rank, counted from the first one of `start_step`.
 
-    def __init__(self, start_step: int, accumulation: int) -> None:
-        self._start_step, self._accumulation = start_step, accumulation
+    Errors of the user's data are returned, so that they cross process borders as they are.
+    """
+    steps, micro = divmod(number, plan.accumulation)
+    step = start_step + steps
+    phase = dataset.phase_at(step)
+    positions = plan.positions(step - dataset.phase_starts[phase], micro)
+    try:
+        return dataset.batch(phase, positions, note)
+    except MegacogError as error:
+        return error
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for step in itertools.count(self._start_step):
-            yield from ((step, micro) for micro in range(self._accumulation))
-
-
-class _MicroBatches(Dataset[Any]):
-    """Micro batches of one rank by (step, micro batch). Errors of the user's data are returned, so that
-    they cross process borders as they are."""
-
-    def __init__(self, dataset: StageDataset, plan: BatchPlan) -> None:
-        self._dataset, self._plan = dataset, plan
-
-    def __getitem__(self, index: tuple[int, int]) -> BatchArrays | MegacogError:
-        step, micro = index
-        phase = self._dataset.phase_at(step)
-        positions = self._plan.positions(step - self._dataset.phase_starts[phase], micro)
-        try:
-            return self._dataset.batch(phase, positions)
-        except MegacogError as error:
-            return error
-
-
-def _start_workers(dataset: _MicroBatches, order: _Order, workers: int) -> Iterator[Any]:
-    """Returns the micro batches in order, made by loader processes."""
-    # Forked processes share the opened shards' arrays with this one; no tensor is used in them.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=order,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
-            multiprocessing_context="fork",
-            # Without its own generator DataLoader draws from torch's global one, which dropout uses.
-            generator=torch.Generator(),
-        )
-        return iter(loader)
-
-
-def _end_workers(iterator: Any) -> None:
-    # DataLoader itself leaves this to the garbage collector, which a traceback can keep waiting.
-    iterator._shutdown_workers()
-    for worker in iterator._workers:
-        if worker.is_alive():
-            worker.kill()
-
-
-def _unchanged(arrays: Any) -> Any:
-    return arrays
-
-
-def _start_worker(_: int) -> None:
-    """Leaves signals to the training process, and dies with it."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

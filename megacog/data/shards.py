@@ -311,15 +311,14 @@ class Shard:
         wanted = range(*indices.indices(length)) if isinstance(indices, slice) else indices
         size, first = self.meta.frame_bytes, int(self._first_frame[clip])
         buffer = bytearray(len(wanted) * size)
-        view, descriptor = memoryview(buffer), self._open()
-        checksums = os.pread(descriptor, 4 * length, self._checksums_offset + 4 * first)
-        if len(checksums) != 4 * length:
+        view, checksums = memoryview(buffer), bytearray(4 * length)
+        if self._read_into(checksums, self._checksums_offset + 4 * first) != len(checksums):
             self._raise_damaged(clip, 0, "truncated")
         for slot, index in enumerate(wanted):
             if not 0 <= index < length:
                 raise IndexError(f"{self.path}: clip {clip} has {length} frames, not frame {index}")
             part = view[slot * size : (slot + 1) * size]
-            count = os.preadv(descriptor, [part], self._frames_offset + (first + int(index)) * size)
+            count = self._read_into(part, self._frames_offset + (first + int(index)) * size)
             if count != size or zlib.crc32(part) != _UINT32.unpack_from(checksums, 4 * int(index))[0]:
                 self._raise_damaged(clip, int(index), "truncated" if count != size else "damaged (checksum)")
         codes = np.frombuffer(buffer, dtype=self.meta.dtype).reshape(-1, *self.meta.grid)
@@ -346,8 +345,8 @@ class Shard:
         step = max(1, _BLOCK_BYTES // size)
         for first in range(0, self._total_frames, step):
             count = min(step, self._total_frames - first)
-            raw = memoryview(os.pread(self._open(), count * size, self._frames_offset + first * size))
-            whole = len(raw) // size
+            raw = memoryview(bytearray(count * size))
+            whole = self._read_into(raw, self._frames_offset + first * size) // size
             codes = np.frombuffer(raw[: whole * size], dtype=self.meta.dtype).reshape(whole, -1)
             highest = codes.max(axis=1, initial=0)
             for slot in range(count):
@@ -361,6 +360,15 @@ class Shard:
 
     def _raise_damaged(self, clip: int, index: int, what: str) -> None:
         raise DataError(f"{self.path}: frame {index} of clip {self.clip_ids[clip]!r} is {what}. {AGAIN}")
+
+    def _read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        """Fills the buffer from an offset of the file; returns how many bytes there were."""
+        try:
+            return os.preadv(self._open(), [buffer], offset)
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be read at byte {offset}: {error.strerror}. Check the disk or the file server."
+            ) from None
 
     def _open(self) -> int:
         process = os.getpid()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loader_faults import children, hang, kill, misbehave
 
 from megacog.config.schema import Config
 from megacog.data.batch import Batch
@@ -39,11 +41,6 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
             assert torch.equal(getattr(a, name), getattr(b, name))
         assert (a.context_BTP is None) == (b.context_BTP is None)
         assert a.context_BTP is None or torch.equal(a.context_BTP, b.context_BTP)
-
-
-def children() -> set[int]:
-    pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return {int(pid) for pid in pids}
 
 
 def test_a_batch_has_the_model_s_shapes_and_types(write_clips: Write, make_config: Make, text: TextTokenizer) -> None:
@@ -118,18 +115,83 @@ def test_a_damaged_frame_is_reported_as_it_is_from_any_process(
     assert "\n" not in str(caught.value)
 
 
-def test_a_killed_loader_process_is_an_environment_error(
+@pytest.mark.parametrize("fault", [kill, hang])
+def test_a_loader_process_that_dies_or_hangs_is_replaced_and_nobody_can_tell(
+    write_clips: Write,
+    make_config: Make,
+    text: TextTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: Callable[[], None],
+) -> None:
+    path = write_clips("a.h5", CLIPS)
+    expected = take(make_config([path]), text, 40)
+    misbehave(monkeypatch, tmp_path, fault, [21])
+    before = children()
+    config = make_config([path], data={"workers": 2, "worker_timeout": 1})
+    assert_same(take(config, text, 40), expected)
+    assert children() == before
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert re.search(rf"loader process .* while reading clip 'clip-\d' of {path}; it is repl", told)
+
+
+@pytest.mark.parametrize(("fault", "message"), [(kill, r"died \(signal SIGKILL\)"), (hang, "gave nothing for 1 s.*")])
+def test_a_loader_process_whose_replacement_fails_too_ends_the_run_and_names_the_clip(
+    write_clips: Write,
+    make_config: Make,
+    text: TextTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[], None],
+    message: str,
+) -> None:
+    path = write_clips("a.h5", CLIPS)
+    misbehave(monkeypatch, tmp_path, fault, range(5, 100))
+    before = children()
+    with (
+        pytest.raises(EnvError, match=rf"a loader process {message} while reading clip 'clip-\d' of {path}.*so did"),
+        training_batches(
+            make_config([path], data={"workers": 1, "worker_timeout": 1}), text, data_rank=0, data_size=1, start_step=0
+        ) as batches,
+    ):
+        assert [next(batches) for _ in range(2)]
+        next(batches)
+    assert children() == before
+
+
+def test_a_loader_process_that_stops_in_the_middle_of_a_batch_is_replaced(
     write_clips: Write, make_config: Make, text: TextTokenizer
 ) -> None:
-    config = make_config([write_clips("a.h5", CLIPS)], data={"workers": 1})
+    path = write_clips("a.h5", [("wide", 9, 8.0)], grid=(200, 200))  # batches larger than the socket's buffer
+    sections = {"model": {"grid": (200, 200)}, "data": {"workers": 1, "worker_timeout": 1}}
+    config = make_config([path], **sections)
     before = children()
     with training_batches(config, text, data_rank=0, data_size=1, start_step=0) as batches:
-        next(batches)
+        found = [next(batches)]
+        time.sleep(0.2)
         (worker,) = children() - before
-        os.kill(worker, signal.SIGKILL)
-        with pytest.raises(EnvError, match="loader process died.*data.workers"):
-            for _ in range(20):
-                next(batches)
+        os.kill(worker, signal.SIGSTOP)
+        found += [next(batches) for _ in range(3)]
+        assert children() - before != {worker}
+    assert_same(found, take(make_config([path], model={"grid": (200, 200)}), text, 4))
+
+
+def test_a_bug_in_a_loader_process_keeps_its_traceback(
+    write_clips: Write, make_config: Make, text: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise KeyError("a bug")
+
+    misbehave(monkeypatch, tmp_path, fail, [3])
+    config = make_config([write_clips("a.h5", CLIPS)], data={"workers": 2})
+    before = children()
+    with (
+        pytest.raises(RuntimeError, match=r"(?s)while reading clip 'clip-\d' of .*Traceback.*KeyError: 'a bug'"),
+        training_batches(config, text, data_rank=0, data_size=1, start_step=0) as batches,
+    ):
+        for _ in range(9):
+            next(batches)
     assert children() == before
 
 

@@ -230,6 +230,18 @@ def test_codes_outside_the_codebook_are_refused_though_their_checksum_fits(tmp_p
         Shard(path).verify()
 
 
+def test_a_disk_that_fails_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = Shard(write_shard(tmp_path / "a.h5"))
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    for use in (lambda: shard.read(1, [0]), shard.verify):
+        with pytest.raises(DataError, match=r"a.h5 cannot be read at byte \d+: Input/output error"):
+            use()
+
+
 @pytest.mark.parametrize(("name", "index", "value"), [("token_ids", 4, -1), ("token_offsets", 1, 0)])
 def test_impossible_token_ids_are_refused_though_their_checksum_fits(
     tmp_path: Path, name: str, index: int, value: int

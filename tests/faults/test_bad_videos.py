@@ -1,0 +1,144 @@
+"""A corpus of clips that cannot be used, or that want more than to be decoded: each is listed, the others are made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import Command, files, prepare_arguments
+from PIL import Image
+from tiny_videos import ramp, write_video
+
+from megacog.data.shards import Shard
+
+Figure = Callable[[str], None]
+SHELL = "$(touch canary); `touch canary` | touch canary & #"
+
+
+def png_bomb(side: int) -> bytes:
+    """A png of a few kilobytes that claims side x side pixels, all black."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
+    rows = zlib.compress(bytes(1 + side // 8) * 64)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def variable_rate(path: Path) -> None:
+    """A gif whose frames stand for 40 to 400 ms."""
+    images = [Image.fromarray(frame) for frame in ramp(6, step=40)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=[40, 400, 40, 200, 100, 40])
+
+
+def good_clips(folder: Path) -> dict[str, str]:
+    """Path -> caption of clips that are usable, however odd their names are."""
+    names = ["plain.mp4", "with space.mp4", "unicode \u79d2 \u00e9.mp4", "-rf.mp4", "sub/deep.mp4", "%s%n.mp4"]
+    names.append(f"{SHELL}.mp4")
+    for number, name in enumerate(names):
+        write_video(folder / name, ramp(12, start=8 * number), 8)
+    write_video(folder / "one_frame.mp4", ramp(1), 8)
+    variable_rate(folder / "variable.gif")
+    Image.fromarray(ramp(1, start=99)[0]).save(folder / "image.png")
+    names += ["one_frame.mp4", "variable.gif", "image.png"]
+    captions = {name: f"clip {number}" for number, name in enumerate(names)}
+    return captions | {"plain.mp4": SHELL, "sub/deep.mp4": "../../../outside \u202e <script> {0} %s ${HOME}"}
+
+
+def bad_clips(folder: Path, outside: Path, port: int) -> list[tuple[str, Any, str]]:
+    """(path, caption, part of the reason) of rows that give no clip."""
+    whole = (folder / "plain.mp4").read_bytes()
+    (folder / "zero.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("no video at all")
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "noise.mp4").write_bytes(whole[:40] + np.random.default_rng(0).bytes(len(whole) - 40))
+    (folder / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nplain.mp4\n#EXT-X-ENDLIST\n")
+    (folder / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\n{outside}\n#EXTINF:1,\nhttp://127.0.0.1:{port}/a.ts\n")
+    (folder / "list.mkv").write_text(f"ffconcat version 1.0\nfile {outside}\nfile http://127.0.0.1:{port}/b.mp4\n")
+    (folder / "stream.mov").write_text(f"v=0\nc=IN IP4 127.0.0.1\nm=video {port} RTP/AVP 96\n")
+    (folder / "svg.png").write_text(f'<svg xmlns="http://www.w3.org/2000/svg"><image href="file://{outside}"/></svg>')
+    (folder / "bomb.png").write_bytes(png_bomb(60_000))
+    Image.fromarray(ramp(1, size=(8, 8))[0]).save(folder / "big.gif")
+    raw = bytearray((folder / "big.gif").read_bytes())
+    raw[6:10] = b"\xff\xff\xff\xff"  # the canvas: 65535 x 65535
+    (folder / "big.gif").write_bytes(raw)
+    (folder / "link.mp4").symlink_to(outside)
+    (folder / "zeros.mp4").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.mp4")
+    return [
+        ("zero.mp4", "c", "empty"), ("text.mp4", "c", "not an mp4"), ("cut.mp4", "c", "truncated"),
+        ("noise.mp4", "c", "damaged|truncated|decoded|no video"), ("gone.mp4", "c", "no such file"),
+        ("list.mp4", "c", "not an mp4"), ("list.m3u8", "c", "not an mp4"), ("list.mkv", "c", "not an mp4"),
+        ("stream.mov", "c", "not an mp4"), ("svg.png", "c", "not a readable png"),
+        ("bomb.png", "c", "60000x60000 exceed --max-pixels"), ("big.gif", "c", "exceed --max-pixels|cannot be decoded"),
+        ("link.mp4", "c", "leads out"), ("zeros.mp4", "c", "leads out|neither"), ("pipe.mp4", "c", "neither"),
+        (f"http://127.0.0.1:{port}/c.mp4", "c", "no such file"), ("concat:plain.mp4|plain.mp4", "c", "no such file"),
+        ("subfile,,start,0,end,99,,:plain.mp4", "c", "no such file"), ("pipe:0", "c", "no such file"),
+        ("file:plain.mp4", "c", "no such file"), (str(outside), "c", "leads out"), ("../outside.mp4", "c", "leads out"),
+        ("sub/../../outside.mp4", "c", "leads out"), ("/dev/stdin", "c", "leads out"), ("", "c", "empty video path"),
+        ("a\nb.mp4", "c", r"control character U\+000A"), ("a\0b.mp4", "c", r"control character U\+0000"),
+        ("x" * 300 + ".mp4", "c", "cannot be opened"), ("plain.mp4", "again", "has one caption"),
+        ("sub/./deep.mp4", "again", "has one caption"), ("one_frame.mp4 ", "again", "has one caption"),
+        ("new.mp4", "", "empty caption"), ("new.mp4", " \n\t ", "empty caption"), ("new.mp4", None, "not text"),
+        ("new.mp4", ["c"], "not text"), ("new.mp4", "bell \a", r"control character U\+0007"),
+        ("new.mp4", "\x1b[2J", r"control character U\+001B"), ("new.mp4", "half \ud800", "not UTF-8"),
+        ("new.mp4", "long " * 10_000, "more than 10000"),
+    ]  # fmt: skip
+
+
+def prepared(folder: Path) -> dict[str, tuple[str, bytes]]:
+    """Caption and codes of every clip in a folder of shards."""
+    found = {}
+    for path in folder.glob("*.h5"):
+        with Shard(path) as shard:
+            for clip, clip_id in enumerate(shard.clip_ids):
+                found[clip_id] = (shard.captions[clip], shard.read(clip, slice(None)).tobytes())
+    return found
+
+
+def write_rows(path: Path, rows: Iterable[tuple[str, Any]], tail: str = "") -> Path:
+    lines = [json.dumps({"video": name, "caption": caption}) for name, caption in rows]
+    path.write_text("\n".join(lines) + "\n" + tail)
+    return path
+
+
+def test_what_cannot_be_used_is_listed_and_the_rest_is_made(
+    command: Command, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    videos, outside = tmp_path / "videos", write_video(tmp_path / "outside.mp4", ramp(12), 8)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        good = good_clips(videos)
+        bad = bad_clips(videos, outside, server.getsockname()[1])
+        clean = write_rows(tmp_path / "clean.jsonl", good.items())
+        rows = [*good.items(), *((name, caption) for name, caption, _ in bad)]
+        dirty = write_rows(tmp_path / "dirty.jsonl", rows, tail="{broken\n[1, 2]\n")
+        before = files(tmp_path)
+        for captions in (clean, dirty):
+            arguments = prepare_arguments(world, captions, Path(captions.stem, "c"), root=videos, workers=2)
+            outcome = command("prepare", *arguments)
+            assert outcome.code == 0, outcome.err
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()  # nobody followed a link
+
+    after = files(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert all(name.split("/")[0] in ("clean", "dirty") for name in after.keys() - before.keys())
+    assert prepared(tmp_path / "dirty") == prepared(tmp_path / "clean")
+    assert {name: caption for name, (caption, _) in prepared(tmp_path / "dirty").items()} == good
+    failures = [json.loads(line) for line in (tmp_path / "dirty/failed.jsonl").read_text().splitlines()]
+    listed = sorted((failure["line"], failure["reason"]) for failure in failures)
+    assert [line for line, _ in listed] == list(range(len(good) + 1, len(rows) + 3))
+    for (name, _, expected), (_, reason) in zip(bad, listed[:-2], strict=True):
+        assert re.search(expected, reason), (name, reason)
+    figure(f"videos and captions: {len(good)} usable made, {len(listed)} of {len(bad) + 2} others listed with reasons")
