@@ -1,4 +1,5 @@
-"""`launch/prepare.py`: videos and captions to shards (run, records), a look into them (inspect), a check (verify).
+"""`launch/prepare.py`: videos and captions to shards (run, records), shards to other shards (merge), a look into
+them (inspect), a check (verify).
 
 Heavy packages are imported by the sub-command that needs them.
 """
@@ -46,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_records(
         commands.add_parser("records", help="the original's token records -> shards", description=_RECORDS)
     )
+    _add_merge(
+        commands.add_parser(
+            "merge", aliases=["reshard"], help="shards -> one set of other shards, same clips", description=_MERGE
+        )
+    )
     _add_inspect(
         commands.add_parser("inspect", help="statistics and contact sheet of shards", description=_INSPECT)
     )
@@ -66,6 +72,8 @@ stopped run continues when the same command is given again. Rows without a clip 
 the shards, with reasons."""
 _RECORDS = """Turn flat int32 records of the original's data tool (64 text ids, then 5 frames of 20 x 20 codes) into
 HDF5 shards with token ids. Nothing is coded again. A stopped run continues when the same command is given again."""
+_MERGE = """Make one set of shards of several, or other shards of one: the same clips bit for bit, in the same order.
+Nothing is coded again. A stopped run continues when the same command is given again; the old shards stay."""
 _INSPECT = """Print statistics of shards; with --tokenizer check that this one made them, and with --sheet as well
 draw clips decoded back from codes;
 with --config print the clips x rates table of the shards (else of its data.train) under that config."""
@@ -168,6 +176,23 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_records)
 
 
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("shards", nargs="+", metavar="SHARD", help="shard files or quoted glob patterns, in the order wanted")
+    add("--out", type=Path, required=True, metavar="DIR/STEM", help="shards become DIR/STEM-00000-of-000NN.h5")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--clips-per-shard", type=_count, default=1000, help="clips per shard (default: 1000)")
+    size.add_argument("--shards", type=_count, dest="num_shards", metavar="N", help="shards to make, of equal sizes")
+    add(
+        "--mixed-settings",
+        action="store_true",
+        help="merge sets that were prepared in different ways (rate, size, decoder) all the same",
+    )
+    add("--overwrite", action="store_true", help="remove shards that an earlier run made under this stem first")
+    add("--json", action="store_true", help="print the summary as one JSON object")
+    parser.set_defaults(command=_merge)
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -246,6 +271,17 @@ def _records(options: argparse.Namespace) -> int:
     settings = RecordSettings(options.out, options.clips_per_shard, options.eval_fraction, options.overwrite)
     text, frames = TextTokenizer.load(options.text), load_frame_tokenizer(options.tokenizer)
     _show_summary(prepare_records(options.files, text, frames, settings), options.json)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from megacog.prepare.merge import MergeSettings, merge
+
+    _require_stem(options.out)
+    settings = MergeSettings(
+        options.out, options.clips_per_shard, options.num_shards, options.mixed_settings, options.overwrite
+    )
+    _show_summary(merge(options.shards, settings), options.json)
     return 0
 
 
