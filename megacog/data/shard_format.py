@@ -19,7 +19,7 @@ from megacog.errors import DataError
 
 FORMAT = "megacog-frames"
 VERSION = 1
-_MAX_ATTRIBUTE_BYTES = 16 << 10  # an object header holds 64 KiB; larger attributes move to a heap
+MAX_ATTRIBUTE_BYTES = 16 << 10  # an object header holds 64 KiB; larger attributes move to a heap
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<total>\d{5})\.h5")
 
 
@@ -52,8 +52,8 @@ class ShardMeta:
             raise ValueError(f"temporal_factor {self.temporal_factor} must be positive")
         for name in ("tokenizer_fingerprint", "decoder", "settings"):
             size = len(getattr(self, name).encode())
-            if not 1 <= size <= _MAX_ATTRIBUTE_BYTES:
-                raise ValueError(f"{name} has {size} bytes; a shard holds 1 to {_MAX_ATTRIBUTE_BYTES}")
+            if not 1 <= size <= MAX_ATTRIBUTE_BYTES:
+                raise ValueError(f"{name} has {size} bytes; a shard holds 1 to {MAX_ATTRIBUTE_BYTES}")
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -108,6 +108,11 @@ class TextColumn(Sequence[str]):
 
     def __init__(self, data: NDArray[np.uint8], offsets: NDArray[np.int64], where: str) -> None:
         self._data, self._offsets, self._where = data, offsets, where
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The bytes of all strings and where each one starts, and the last ends."""
+        return self._data, self._offsets
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

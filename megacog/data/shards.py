@@ -11,6 +11,7 @@ Shapes: N frames of the shard, V clips, h and w codes of one frame.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import struct
@@ -330,6 +331,18 @@ class Shard:
                 f"invalid: code {codes.max()}, codebook_size {self.meta.codebook_size}",
             )
         return codes
+
+    def digest(self) -> str:
+        """Returns a sha256 of all clips: texts, rates, lengths and ids, and of frames their checksums."""
+        digest = hashlib.sha256(repr(self.meta).encode())
+        with hdf5.open_file(self.path) as file:
+            crc32 = hdf5.read_array(file, self.path, "frames_crc32", "<u4", (self._total_frames,))
+        tokens = [] if self.text_tokenizer is None else [self._token_ids, self._token_offsets]
+        columns = [*self.clip_ids.arrays, *self.captions.arrays, self._first_frame, self.num_frames, self.fps, *tokens]
+        for values in (*columns, crc32):
+            digest.update(len(values).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
 
     def verify(self) -> None:
         """Reads every byte again and checks it.

@@ -8,7 +8,6 @@ truncated files without an error, so the outermost structure is checked against 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import BinaryIO
 
 _EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
@@ -19,27 +18,30 @@ class ClipError(Exception):
     """One clip cannot be prepared; the message is the reason written to failed.jsonl."""
 
 
-def container_format(path: Path) -> str:
+def container_format(file: BinaryIO) -> str:
     """Returns FFmpeg's name of the demuxer for a complete file: mov, matroska or gif.
+
+    Args:
+        file: at its start; read as far as needed.
 
     Raises:
         ClipError: another format, or the file ends before its structure does.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(16)
-        file.seek(0)
-        if not head:
-            raise ClipError("the file is empty")
-        if head[4:8] in _MOV_FIRST_BOXES:
-            _check_boxes(file, size)
-            return "mov"
-        if head[:4] == _EBML.to_bytes(4, "big"):
-            _check_segment(file, size)
-            return "matroska"
-        if head[:6] in (b"GIF87a", b"GIF89a"):
-            _check_blocks(file)
-            return "gif"
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(16)
+    file.seek(0)
+    if not head:
+        raise ClipError("the file is empty")
+    if head[4:8] in _MOV_FIRST_BOXES:
+        _check_boxes(file, size)
+        return "mov"
+    if head[:4] == _EBML.to_bytes(4, "big"):
+        _check_segment(file, size)
+        return "matroska"
+    if head[:6] in (b"GIF87a", b"GIF89a"):
+        _check_blocks(file)
+        return "gif"
     raise ClipError(f"not an mp4, mov, mkv, webm or gif file (it starts with {head[:8]!r})")
 
 

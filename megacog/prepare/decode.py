@@ -1,4 +1,5 @@
-"""Decoding one video, GIF, image or folder of frames to RGB frames at a chosen rate and size.
+"""Decoding one video, GIF, image or folder of frames to RGB frames at a chosen rate and size. Files inside tars are
+read from their place there.
 
 Runs in the child processes of `megacog.prepare.workers`, because decoders hang and crash. PyAV and
 Pillow are imported inside functions: the parent and `--help` do without them.
@@ -8,17 +9,20 @@ Shapes: T frames, H and W pixels of a stored frame.
 
 from __future__ import annotations
 
+import io
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megacog.prepare.containers import ClipError, container_format
+from megacog.prepare.tar import Member, TarWindow
 
 if TYPE_CHECKING:
     import av
@@ -64,6 +68,28 @@ class DecodedClip:
     fps: float
 
 
+@dataclass(frozen=True)
+class _Media:
+    """A file, or a member of the tar that this file is."""
+
+    path: Path
+    member: Member | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name if self.member is None else self.member.name
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix.lower()
+
+    def open(self) -> BinaryIO:
+        """Returns the file, or a window on the tar that ends where the member does."""
+        if self.member is None:
+            return open(self.path, "rb")
+        return io.BufferedReader(TarWindow(self.path, self.member.offset, self.member.size))
+
+
 def decoder_name() -> str:
     """Returns name and version of everything that decides what a decoded pixel is."""
     import av
@@ -77,18 +103,21 @@ def decode_clip(video: str, settings: DecodeSettings) -> DecodedClip:
     """Returns the frames of a video, GIF, image or folder of images.
 
     Args:
-        video: path relative to `settings.root`, or absolute.
+        video: path relative to `settings.root`, or absolute; or `str` of a `Member` of a tar there.
         settings: rate, size and limits.
 
     Raises:
         ClipError: the clip cannot be used; the message says why.
     """
-    path = _locate(video, settings)
-    if path.is_dir():
-        return _decode_folder(path, settings)
-    if path.suffix.lower() in _IMAGE_SUFFIXES:
-        return DecodedClip(_load_images([path], settings), settings.fps)
-    return _decode_video(path, settings)
+    member = Member.parse(video) if Member.names(video) else None
+    media = _Media(_locate(member.tar if member else video, settings), member)
+    if member is not None and member.offset + member.size > media.path.stat().st_size:
+        raise ClipError(f"{member.tar} is shorter than it was when its headers were read")
+    if media.path.is_dir():
+        return _decode_folder(media.path, settings)
+    if media.suffix in _IMAGE_SUFFIXES:
+        return DecodedClip(_load_images([media], settings), settings.fps)
+    return _decode_video(media, settings)
 
 
 def sample_times(first: float, last: float, count: int, source_fps: float, fps: float) -> list[float]:
@@ -183,15 +212,16 @@ def _check_pixels(width: int, height: int, settings: DecodeSettings) -> None:
         raise ClipError(f"frames of {width}x{height} exceed --max-pixels {settings.max_pixels}")
 
 
-def _decode_video(path: Path, settings: DecodeSettings) -> DecodedClip:
+def _decode_video(media: _Media, settings: DecodeSettings) -> DecodedClip:
     import av
 
-    demuxer = container_format(path)
+    with media.open() as file:
+        demuxer = container_format(file)
     try:
-        first, last, count, source_fps = _scan(path, demuxer, settings)
+        first, last, count, source_fps = _scan(media, demuxer, settings)
         times = sample_times(first, last, count, source_fps, settings.fps)
         _check_length(len(times), settings)
-        frames = np.stack([*_sample_video(path, demuxer, times, settings)])
+        frames = np.stack([*_sample_video(media, demuxer, times, settings)])
     except MemoryError:
         raise
     # PyAV raises ValueError, OSError, EOFError, IndexError and their FFmpeg subclasses for broken streams.
@@ -200,12 +230,20 @@ def _decode_video(path: Path, settings: DecodeSettings) -> DecodedClip:
     return DecodedClip(frames, min(settings.fps, source_fps) if count > 1 else settings.fps)
 
 
-def _open(path: Path, demuxer: str) -> av.container.InputContainer:
+@contextmanager
+def _open(media: _Media, demuxer: str) -> Iterator[av.container.InputContainer]:
     import av
 
-    return av.open(
-        str(path), format=demuxer, options={"protocol_whitelist": "file"}, metadata_errors="replace"
-    )
+    options = {"protocol_whitelist": "file"}
+    if media.member is None:
+        with av.open(str(media.path), format=demuxer, options=options, metadata_errors="replace") as container:
+            yield container
+    else:
+        with (
+            media.open() as file,
+            av.open(file, format=demuxer, options=options, metadata_errors="replace") as container,
+        ):
+            yield container
 
 
 def _video_stream(container: av.container.InputContainer, settings: DecodeSettings) -> av.VideoStream:
@@ -222,9 +260,9 @@ def _video_stream(container: av.container.InputContainer, settings: DecodeSettin
     return stream
 
 
-def _scan(path: Path, demuxer: str, settings: DecodeSettings) -> tuple[float, float, int, float]:
+def _scan(media: _Media, demuxer: str, settings: DecodeSettings) -> tuple[float, float, int, float]:
     """Returns first and last time (s), number and rate (fps) of the source's frames, without decoding."""
-    with _open(path, demuxer) as container:
+    with _open(media, demuxer) as container:
         stream = _video_stream(container, settings)
         ticks = [
             packet.pts if packet.pts is not None else packet.dts
@@ -261,10 +299,10 @@ def _check_declared_length(
 
 
 def _sample_video(
-    path: Path, demuxer: str, times: Sequence[float], settings: DecodeSettings
+    media: _Media, demuxer: str, times: Sequence[float], settings: DecodeSettings
 ) -> Iterator[NDArray[np.uint8]]:
     """Yields one stored frame [H, W, 3] for each of the times."""
-    with _open(path, demuxer) as container:
+    with _open(media, demuxer) as container:
         stream = _video_stream(container, settings)
         stamped = ((frame.time, frame) for frame in container.decode(stream) if frame.time is not None)
         shown: av.VideoFrame | None = None
@@ -321,7 +359,7 @@ def _decode_folder(path: Path, settings: DecodeSettings) -> DecodedClip:
     times = sample_times(0.0, (len(images) - 1) / rate, len(images), rate, settings.fps)
     _check_length(len(times), settings)
     chosen = list(nearest_frames(((k / rate, image) for k, image in enumerate(images)), times))
-    return DecodedClip(_load_images(chosen, settings), min(rate, settings.fps))
+    return DecodedClip(_load_images([_Media(path) for path in chosen], settings), min(rate, settings.fps))
 
 
 def _natural_order(path: Path) -> list[tuple[int, int, str]]:
@@ -331,19 +369,19 @@ def _natural_order(path: Path) -> list[tuple[int, int, str]]:
     return [*key, (2, 0, path.name)]
 
 
-def _load_images(paths: Sequence[Path], settings: DecodeSettings) -> NDArray[np.uint8]:
+def _load_images(files: Sequence[_Media], settings: DecodeSettings) -> NDArray[np.uint8]:
     """Returns the images as frames [T, H, W, 3]."""
     from PIL import Image, ImageOps
 
     Image.MAX_IMAGE_PIXELS = None
     frames = []
-    for path in paths:
+    for media in files:
         try:
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
+            with media.open() as file, Image.open(file, formats=("PNG", "JPEG")) as image:
                 _check_pixels(*image.size, settings)
                 # Phones store how the picture is to be turned.
                 upright = ImageOps.exif_transpose(image)
                 frames.append(_fit_image(upright.convert("RGB"), settings))
         except (OSError, ValueError, SyntaxError) as error:
-            raise ClipError(f"{path.name}: not a readable png or jpg image: {error}") from None
+            raise ClipError(f"{media.name}: not a readable png or jpg image: {error}") from None
     return np.stack(frames)

@@ -96,7 +96,7 @@ def statistics(shards: ShardSet, code_frames: int = 100_000) -> dict[str, Any]:
         "codebook_size": meta.codebook_size,
         "frame_tokenizer": meta.tokenizer_fingerprint,
         "decoder": sorted({shard.meta.decoder for shard in readers}),
-        "settings": [_parsed(settings) for settings in sorted({shard.meta.settings for shard in readers})],
+        "settings": [parsed_settings(settings) for settings in sorted({shard.meta.settings for shard in readers})],
         "frames_per_clip": _distribution(lengths),
         "seconds_per_clip": _distribution(lengths / fps),
         "fps": {f"{rate:g}": count for rate, count in sorted(Counter(np.round(fps, 3).tolist()).items())},
@@ -211,7 +211,8 @@ def default_patterns(config: Config) -> list[str]:
     return patterns
 
 
-def _parsed(settings: str) -> Any:
+def parsed_settings(settings: str) -> Any:
+    """Returns the settings of a shard's preparation as values, or as they are if they are no JSON."""
     try:
         return json.loads(settings)
     except ValueError:

@@ -1,4 +1,5 @@
-"""`launch/prepare.py`: videos and captions to shards (run, records), a look into them (inspect), a check (verify).
+"""`launch/prepare.py`: videos and captions to shards (run, records), shards to other shards (merge), a look into
+them (inspect), a check (verify).
 
 Heavy packages are imported by the sub-command that needs them.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megacog.errors import ConfigError, DataError
+from megacog.errors import ConfigError
 
 if TYPE_CHECKING:
     from megacog.prepare.pipeline import Summary
@@ -46,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_records(
         commands.add_parser("records", help="the original's token records -> shards", description=_RECORDS)
     )
+    _add_merge(
+        commands.add_parser(
+            "merge", aliases=["reshard"], help="shards -> one set of other shards, same clips", description=_MERGE
+        )
+    )
     _add_inspect(
         commands.add_parser("inspect", help="statistics and contact sheet of shards", description=_INSPECT)
     )
@@ -61,11 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_RUN = """Decode, resample, crop and code the videos of a caption file into HDF5 shards. A stopped run
-continues when the same command is given again. Rows without a clip are listed in failed.jsonl beside the
-shards, with reasons."""
+_RUN = """Decode, resample, crop and code the videos of a caption file, or of webdataset tars, into HDF5 shards. A
+stopped run continues when the same command is given again. Rows without a clip are listed in failed.jsonl beside
+the shards, with reasons."""
 _RECORDS = """Turn flat int32 records of the original's data tool (64 text ids, then 5 frames of 20 x 20 codes) into
 HDF5 shards with token ids. Nothing is coded again. A stopped run continues when the same command is given again."""
+_MERGE = """Make one set of shards of several, or other shards of one: the same clips bit for bit, in the same order.
+Nothing is coded again. A stopped run continues when the same command is given again; the old shards stay."""
 _INSPECT = """Print statistics of shards; with --tokenizer check that this one made them, and with --sheet as well
 draw clips decoded back from codes;
 with --config print the clips x rates table of the shards (else of its data.train) under that config."""
@@ -73,7 +81,13 @@ with --config print the clips x rates table of the shards (else of its data.trai
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("captions", type=Path, help=".csv or .tsv (header video,caption) or .jsonl (objects), UTF-8")
+    add(
+        "captions",
+        type=Path,
+        nargs="+",
+        help=".csv or .tsv (header video,caption) or .jsonl (objects), UTF-8; or webdataset tars (KEY.mp4 with KEY.txt "
+        "or KEY.json): files, globs or quoted brace patterns",
+    )
     add(
         "--out", type=Path, required=True, metavar="DIR/STEM", help="shards become DIR/STEM-00000-of-000NN.h5"
     )
@@ -84,7 +98,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="frame tokenizer (launch/train_tokenizer.py)",
     )
-    add("--root", type=Path, help="folder that video paths start from (default: the caption file's)")
+    add("--root", type=Path, help="folder that video paths (or tars' names) start from (default: the caption file's)")
     add("--video-column", help="column or key with the video's path (default: video or the like)")
     add("--caption-column", help="column or key with the caption (default: caption or the like)")
     add("--allow-absolute", action="store_true", help="allow paths and links that lead out of the root")
@@ -162,6 +176,23 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_records)
 
 
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("shards", nargs="+", metavar="SHARD", help="shard files or quoted glob patterns, in the order wanted")
+    add("--out", type=Path, required=True, metavar="DIR/STEM", help="shards become DIR/STEM-00000-of-000NN.h5")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--clips-per-shard", type=_count, default=1000, help="clips per shard (default: 1000)")
+    size.add_argument("--shards", type=_count, dest="num_shards", metavar="N", help="shards to make, of equal sizes")
+    add(
+        "--mixed-settings",
+        action="store_true",
+        help="merge sets that were prepared in different ways (rate, size, decoder) all the same",
+    )
+    add("--overwrite", action="store_true", help="remove shards that an earlier run made under this stem first")
+    add("--json", action="store_true", help="print the summary as one JSON object")
+    parser.set_defaults(command=_merge)
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -186,18 +217,16 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from megacog.prepare.decode import DecodeSettings
+    from megacog.prepare.inputs import read_clips, source_root
     from megacog.prepare.pipeline import PrepareSettings, prepare
-    from megacog.prepare.sources import read_source
     from megacog.prepare.workers import WorkerLimits
     from megacog.runtime.log import get_logger
 
     _require_stem(options.out)
-    source = read_source(
-        options.captions, options.video_column, options.caption_column, options.allow_absolute
+    root = source_root(options.captions, options.root)
+    source = read_clips(
+        options.captions, root, options.video_column, options.caption_column, options.allow_absolute
     )
-    root = (options.root or options.captions.parent).resolve()
-    if not root.is_dir():
-        raise DataError(f"--root {root} is no folder")
     if not options.json:
         _show_source(source, root)
     height, width = options.size
@@ -245,6 +274,17 @@ def _records(options: argparse.Namespace) -> int:
     return 0
 
 
+def _merge(options: argparse.Namespace) -> int:
+    from megacog.prepare.merge import MergeSettings, merge
+
+    _require_stem(options.out)
+    settings = MergeSettings(
+        options.out, options.clips_per_shard, options.num_shards, options.mixed_settings, options.overwrite
+    )
+    _show_summary(merge(options.shards, settings), options.json)
+    return 0
+
+
 def _require_stem(out: Path) -> None:
     if not out.name or out.name in (".", ".."):
         raise ConfigError(f"--out {out} names no stem; give a folder and a name, e.g. data/clips")
@@ -256,7 +296,7 @@ def _show_source(source: Source, root: Path) -> None:
         f"{source.video_column!r}, caption = column {source.caption_column!r}"
     )
     for row in source.rows[:_ROWS_SHOWN]:
-        state = "found" if (root / row.clip_id).exists() else "MISSING"
+        state = "found" if row.place or (root / row.clip_id).exists() else "MISSING"
         print(f"  line {row.line}: {root / row.clip_id} ({state}) {row.caption[:60]!r}")
 
 

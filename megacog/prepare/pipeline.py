@@ -235,7 +235,7 @@ def _make_slices(
         DecodePool(workers, settings.decode, settings.limits, decode) as pool,
         Meter(total, total - left) as meter,
     ):
-        decoded = pool.decode(row.clip_id for piece in todo for row in piece.rows)
+        decoded = pool.decode(row.video for piece in todo for row in piece.rows)
         made_bytes = made_rows = 0
         for piece in todo:
             record = _make_slice(piece, decoded, output, tokenizer, meta, settings.batch, meter)

@@ -1,4 +1,5 @@
-"""Caption files (csv, tsv, jsonl) to rows: which video goes with which caption, and which rows are bad.
+"""Caption files (csv, tsv, jsonl) to rows: which video goes with which caption, and which rows are bad. Tars are
+read by `megacog.prepare.tar_source`.
 
 What comes out is a function of the caption file's bytes alone; whether a video exists and can be
 decoded is found out when its turn comes.
@@ -17,6 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from megacog.errors import DataError
+from megacog.prepare.tar import Member
 from megacog.runtime.files import sha256_file
 
 VIDEO_COLUMNS = ("video", "video_path", "path", "file", "file_name", "filename")
@@ -31,14 +33,26 @@ class Row:
     """One clip to prepare.
 
     Attributes:
-        line: where it starts in the caption file, from 1.
+        line: where it starts in the caption file, from 1; of tars, the sample's number.
         clip_id: the video's path, cleaned ("a/./b.mp4" is "a/b.mp4").
         caption: text with single spaces.
+        place: of a video inside a tar, as `megacog.prepare.tar.Member` writes it; "" for a file of its own.
     """
 
     line: int
     clip_id: str
     caption: str
+    place: str = ""
+
+    @property
+    def video(self) -> str:
+        """What the decoder opens."""
+        return self.place or self.clip_id
+
+    @property
+    def own_name(self) -> str:
+        """The name that the video brings along wherever it lies: its path, inside a tar its member's name."""
+        return Member.parse(self.place).name if self.place else self.clip_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +66,11 @@ class Failure:
 
 @dataclass
 class Source:
-    """A caption file's rows.
+    """A caption file's rows, or those of tars.
 
     Attributes:
-        path: the caption file.
-        sha256: of its bytes.
+        path: the caption file; of tars, what names them.
+        sha256: of its bytes; of tars, of all rows and failures.
         video_column: the column or key that was taken for the video's path.
         caption_column: the column or key that was taken for the caption.
         rows: good rows in file order.
@@ -71,8 +85,8 @@ class Source:
     failures: list[Failure] = field(default_factory=list)
 
 
-class _BadRow(Exception):
-    """The message is the reason; `video` is what the row says about its video, as far as known."""
+class BadRow(Exception):
+    """A row without a clip: the message is the reason, `video` what the row says about its video, as far as known."""
 
     def __init__(self, reason: str, video: str = "") -> None:
         super().__init__(reason)
@@ -100,7 +114,7 @@ def read_source(
         raise DataError(f"{path}: no such caption file. Give a .csv (header video,caption) or .jsonl file.")
     suffix = path.suffix.lower()
     if suffix in _DELIMITERS:
-        records: Iterator[tuple[int, dict[str, object] | _BadRow]] = _table_records(path, _DELIMITERS[suffix])
+        records: Iterator[tuple[int, dict[str, object] | BadRow]] = _table_records(path, _DELIMITERS[suffix])
     elif suffix in _JSON_SUFFIXES:
         records = _json_records(path)
     else:
@@ -113,19 +127,19 @@ def read_source(
     no_columns: DataError | None = None
     for line, record in records:
         try:
-            if isinstance(record, _BadRow):
+            if isinstance(record, BadRow):
                 raise record
             try:
                 columns.settle(list(record))
             except DataError as error:
                 no_columns = no_columns or error
-                raise _BadRow("has no video and caption") from error
+                raise BadRow("has no video and caption") from error
             row = _row(line, record, columns, allow_absolute)
             if row.clip_id in lines:
-                raise _BadRow(
+                raise BadRow(
                     f"the video of line {lines[row.clip_id]} again; a video has one caption", row.clip_id
                 )
-        except _BadRow as bad:
+        except BadRow as bad:
             source.failures.append(Failure(line, printable(bad.video), printable(str(bad))))
         else:
             lines[row.clip_id] = line
@@ -146,8 +160,8 @@ def printable(text: str) -> str:
 def split_rows(rows: list[Row], eval_fraction: float) -> dict[str, list[Row]]:
     """Returns the rows by part: {"": all} without evaluation, else {"train": ..., "eval": ...}.
 
-    A row's part depends on its id alone, so it stays where it is when rows are added; only when
-    that leaves a part empty, the row nearest to it changes over.
+    A row's part depends on its own name alone, so it stays where it is when rows are added, and copies in several
+    tars go the same way; only when that leaves a part empty, the row nearest to it changes over.
 
     Raises:
         DataError: fewer than two rows are to be split.
@@ -156,7 +170,7 @@ def split_rows(rows: list[Row], eval_fraction: float) -> dict[str, list[Row]]:
         return {"": rows}
     if len(rows) < 2:
         raise DataError(f"--eval-fraction needs at least two videos, there are {len(rows)}")
-    draws = [_uniform(row.clip_id) for row in rows]
+    draws = [_uniform(row.own_name) for row in rows]
     threshold = max(eval_fraction, min(draws) + 2**-49)
     threshold = min(threshold, max(draws))
     return {
@@ -165,9 +179,9 @@ def split_rows(rows: list[Row], eval_fraction: float) -> dict[str, list[Row]]:
     }
 
 
-def _uniform(clip_id: str) -> float:
-    """Returns a number in [0, 1) that is a fixed function of the id."""
-    return int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:6], "big") / 2**48
+def _uniform(name: str) -> float:
+    """Returns a number in [0, 1) that is a fixed function of the name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
 class _Columns:
@@ -198,7 +212,7 @@ class _Columns:
         return found
 
 
-def _table_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, object] | _BadRow]]:
+def _table_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, object] | BadRow]]:
     """Yields (line, columns by name) of a csv or tsv file."""
     # surrogateescape: one row that is not UTF-8 costs this row, not the file.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -214,7 +228,7 @@ def _table_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, 
                         f"{path}:{line}: a quote opened here is never closed. "
                         "Close it, or double quotes inside text."
                     ) from None
-                yield line, _BadRow(f"malformed row: {error}")
+                yield line, BadRow(f"malformed row: {error}")
                 continue
             if fields is None:
                 return
@@ -226,12 +240,12 @@ def _table_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, 
             if len(fields) != len(header):
                 text = f"{len(fields)} columns, the header has {len(header)}; "
                 text += f"quote text that contains {delimiter!r}"
-                yield line, _BadRow(text, fields[0])
+                yield line, BadRow(text, fields[0])
                 continue
             yield line, dict(zip(header, fields, strict=True))
 
 
-def _json_records(path: Path) -> Iterator[tuple[int, dict[str, object] | _BadRow]]:
+def _json_records(path: Path) -> Iterator[tuple[int, dict[str, object] | BadRow]]:
     """Yields (line, object) of a jsonl file."""
     with open(path, "rb") as file:
         for line, raw in enumerate(file, start=1):
@@ -242,24 +256,21 @@ def _json_records(path: Path) -> Iterator[tuple[int, dict[str, object] | _BadRow
             try:
                 record = json.loads(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
-                yield line, _BadRow(f"not UTF-8: {error}")
+                yield line, BadRow(f"not UTF-8: {error}")
             except (ValueError, RecursionError) as error:
-                yield line, _BadRow(f"not JSON: {error}")
+                yield line, BadRow(f"not JSON: {error}")
             else:
-                yield line, record if isinstance(record, dict) else _BadRow("not a JSON object")
+                yield line, record if isinstance(record, dict) else BadRow("not a JSON object")
 
 
 def _row(line: int, record: dict[str, object], columns: _Columns, allow_absolute: bool) -> Row:
     video = _text(record, columns.video, "")
     caption = _text(record, columns.caption, video)
-    video = _clean("video path", video.strip(), video)
-    # Line breaks and tabs are only white space in a caption; other control characters are damage.
-    caption = _clean("caption", " ".join(caption.split()), video)
-    if len(caption) > MAX_CAPTION_CHARACTERS:
-        raise _BadRow(f"the caption has {len(caption)} characters, more than {MAX_CAPTION_CHARACTERS}", video)
+    video = checked_text("video path", video.strip(), video)
+    caption = checked_caption(caption, video)
     clip_id = posixpath.normpath(video)
     if not allow_absolute and (clip_id.startswith("/") or clip_id.split("/")[0] == ".."):
-        raise _BadRow("the path leads out of the root folder (see --root and --allow-absolute)", video)
+        raise BadRow("the path leads out of the root folder (see --root and --allow-absolute)", video)
     return Row(line, clip_id, caption)
 
 
@@ -267,16 +278,34 @@ def _text(record: dict[str, object], column: str, video: str) -> str:
     value = record.get(column)
     if not isinstance(value, str):
         what = "is missing" if column not in record else f"is {type(value).__name__}, not text"
-        raise _BadRow(f"{column!r} {what}", video)
+        raise BadRow(f"{column!r} {what}", video)
     return value
 
 
-def _clean(what: str, text: str, video: str) -> str:
+def checked_caption(caption: str, video: str = "") -> str:
+    """Returns a caption with single spaces.
+
+    Raises:
+        BadRow: it is empty, too long, not UTF-8 or holds control characters.
+    """
+    # Line breaks and tabs are only white space in a caption; other control characters are damage.
+    caption = checked_text("caption", " ".join(caption.split()), video)
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        raise BadRow(f"the caption has {len(caption)} characters, more than {MAX_CAPTION_CHARACTERS}", video)
+    return caption
+
+
+def checked_text(what: str, text: str, video: str = "") -> str:
+    """Returns a text.
+
+    Raises:
+        BadRow: it is empty, not UTF-8 or holds control characters.
+    """
     if not text:
-        raise _BadRow(f"empty {what}", video)
+        raise BadRow(f"empty {what}", video)
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise _BadRow(f"the {what} is not UTF-8", video)
+        raise BadRow(f"the {what} is not UTF-8", video)
     control = next((character for character in text if unicodedata.category(character) == "Cc"), None)
     if control is not None:
-        raise _BadRow(f"the {what} holds the control character U+{ord(control):04X}", video)
+        raise BadRow(f"the {what} holds the control character U+{ord(control):04X}", video)
     return text
