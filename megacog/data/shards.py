@@ -338,7 +338,8 @@ class Shard:
         with hdf5.open_file(self.path) as file:
             crc32 = hdf5.read_array(file, self.path, "frames_crc32", "<u4", (self._total_frames,))
         tokens = [] if self.text_tokenizer is None else [self._token_ids, self._token_offsets]
-        columns = [*self.clip_ids.arrays, *self.captions.arrays, self._first_frame, self.num_frames, self.fps, *tokens]
+        columns: list[NDArray[Any]] = [*self.clip_ids.arrays, *self.captions.arrays, *tokens]
+        columns += [self._first_frame, self.num_frames, self.fps]
         for values in (*columns, crc32):
             digest.update(len(values).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(values).data)

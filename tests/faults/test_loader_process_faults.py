@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,13 @@ def sha256s(run: Path) -> Any:
 def metrics(run: Path) -> list[tuple[str, float]]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [(line["kind"], line["loss"]) for line in lines]
+
+
+@pytest.fixture(autouse=True)
+def _no_process_remains() -> Iterator[None]:
+    before = children()
+    yield
+    assert children() <= before
 
 
 @pytest.fixture
@@ -70,7 +77,6 @@ def test_processes_that_are_killed_or_hang_lose_no_sample_and_change_no_bit(
         assert Counter(found) == Counter(expected) and found == expected
         assert metrics(tmp_path / f"run-{number}") == metrics(tmp_path / "intact")
         assert sha256s(tmp_path / f"run-{number}") == sha256s(tmp_path / "intact")
-    assert children() == set()
     figure(f"loader processes: 1 killed, 1 hung; {STEPS * SAMPLES} samples each, 0 lost, 0 twice, same weights")
 
 
@@ -87,7 +93,6 @@ def test_processes_that_fail_again_end_the_run_with_the_clip_s_name(
     assert outcome.code == 1
     assert_tells(outcome.message, f"a loader process {message} while reading clip 'train-.*' of .*train.h5.*so did the")
     assert not any("export" in name or ".tmp-" in name for name in files(tmp_path / "run"))
-    assert children() == set()
 
 
 def test_an_error_in_a_process_ends_the_run_with_its_traceback_and_leaves_no_process(
@@ -100,4 +105,3 @@ def test_an_error_in_a_process_ends_the_run_with_its_traceback_and_leaves_no_pro
     misbehave(monkeypatch, tmp_path / "reads", fail, [9])
     with pytest.raises(RuntimeError, match=r"(?s)a loader process failed while reading clip .*Error: a bug"):
         train(2, "run")
-    assert children() == set()

@@ -164,7 +164,7 @@ def test_no_name_leads_out_of_its_tar_or_to_another_clip(
     tmp_path_factory: pytest.TempPathFactory, stems: list[str]
 ) -> None:
     path = tmp_path_factory.mktemp("tars") / "a.tar"
-    _pack(path, [(f"{stem}.{ending}", b"x") for stem in stems for ending in ("mp4", "txt")])
+    _pack(path, [(f"{stem}.{ending}", b"x") for stem in (*stems, "good") for ending in ("mp4", "txt")])
     source = _read(path)
     ids = [row.clip_id for row in source.rows]
     assert len(set(ids)) == len(ids)
