@@ -21,6 +21,7 @@ from megacog.checkpoint.records import Record, RecordWriter, Snapshot, assign_ow
 from megacog.checkpoint.retention import Retention, remove_all, retire_old
 from megacog.checkpoint.rng import capture_rng
 from megacog.checkpoint.store import needed_bytes, rng_name
+from megacog.runtime.faults import fault_point
 from megacog.runtime.files import require_space
 from megacog.runtime.log import get_logger
 
@@ -144,9 +145,11 @@ class Saver:
                     writer.add(name, held)
             else:
                 build_share(list(sizes), owners, rank, record, lambda name, r: writer.add(name, copied(r)))
+            files = writer.finish()
+            fault_point("save", header.step)
             own = RecordWriter(folder, "rng", rank)
             own.add(rng_name(rank), generators)
-            return writer.finish() | own.finish()
+            return files | own.finish()
 
         share = _Share(lambda: write_share(temporary, write, mine), background=self._asynchronous)
         self._in_flight = _InFlight(header, temporary, share, started, time.monotonic() - started)

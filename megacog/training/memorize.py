@@ -201,6 +201,7 @@ def train(arguments: argparse.Namespace) -> None:
     recorder = Recorder(arguments.run_dir, 0, tensorboard=False)
     recorder.truncate_after(start)
     throughput = build_throughput(config, world_size=1)
+
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 1})})
     checkpoints = _OneCheckpoint(state, config.checkpoint, recorder)
     checkpoints.at, checkpoints.die = arguments.save_at, arguments.die

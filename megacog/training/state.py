@@ -28,6 +28,7 @@ from megacog.model.transformer import CogVideo
 from megacog.parallel.fp8 import as_held
 from megacog.parallel.groups import ProcessGroups
 from megacog.parallel.tensor import TensorParallel
+from megacog.runtime.faults import fault_point
 from megacog.runtime.log import get_logger
 from megacog.training.engine import Engine
 
@@ -109,6 +110,7 @@ def load_checkpoint(run_dir: Path, path: Path, manifest: Manifest, config: Confi
         CheckpointError: It belongs to another run (the message names every difference) or is damaged.
     """
     check_same_run(manifest.config, config, path)
+    fault_point("load", manifest.step)
     records = RecordReader(path, manifest.parameters)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
