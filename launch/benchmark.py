@@ -13,6 +13,7 @@ BENCHMARKS = {
     "tiles": ROOT / "kernels/benchmarks/sweep.py",
     "cross_entropy": ROOT / "kernels/benchmarks/cross_entropy.py",
     "train": ROOT / "megacog/training/benchmark.py",
+    "checkpoint": ROOT / "megacog/training/save_benchmark.py",
     "import": ROOT / "megacog/interop/benchmark.py",
     "generate": ROOT / "megacog/generation/benchmark.py",
 }

@@ -27,6 +27,10 @@ PROOFS = {
         "megacog.training.one_card",
         "a run's model, engine and micro batch within a given memory of a GPU, on random weights",
     ),
+    "elastic": (
+        "megacog.training.elastic",
+        "a run resumes on any data- and tensor-parallel size and ZeRO stage: state bitwise, next loss within 1e-6",
+    ),
     "idle": ("megacog.evaluation.idle", "BEFORE AFTER: training one attention-plus leaves base and other set as is"),
 }
 """Sub-command -> module with its command line, help."""

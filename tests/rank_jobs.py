@@ -12,7 +12,7 @@ import gc
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,6 @@ from megacog.runtime.ranks import discover
 from megacog.runtime.signals import StopFlag
 from megacog.training import pretrain
 from megacog.training.comparison import (
-    GLOBAL_BATCH,
-    MICRO_BATCH,
     Case,
     compare,
     run_step,
@@ -43,12 +41,11 @@ from megacog.training.comparison import (
     small_config,
     small_engine,
 )  # fmt: skip
+from megacog.training.elastic import Layout, resume_all, save_all, start_small
 from megacog.training.engine import Engine, build_engine
 from megacog.training.guard import NonFiniteError
 from megacog.training.loop import Loop, StepReport
 from megacog.training.precision import DTYPES
-from megacog.training.pretrain import example_inputs
-from megacog.training.state import RunState, load_checkpoint, shapes_of
 
 STEPS = 2
 
@@ -64,65 +61,32 @@ def case_of(text: str) -> Case:
 
 
 def resume(folder: Path, *cases: str) -> dict[str, Any]:
-    """By case (engine-zero-tensor-sequence-precision[-offload]): are losses and states after 2 + resume + 2 steps
-    bitwise those of 4?"""
+    """By case (engine-zero-tensor-sequence-precision[-offload][-fp8]): are losses and states after 2 + resume + 2
+    steps bitwise those of 4?"""
     found = {}
     for name in cases:
-        engine, zero_stage, tensor, sequence, precision, *offload = name.split("-")
+        engine, zero_stage, tensor, sequence, precision, *rest = name.split("-")
         groups = build_process_groups(int(tensor), int(sequence))
         config = small_config(
             engine, int(zero_stage), int(tensor), 2 * STEPS, precision, sequence=int(sequence)
         )
         run_dir = folder / name
-        train = config.train.model_copy(update={"run_dir": str(run_dir), "offload_optimizer": bool(offload)})
+        update = {"run_dir": str(run_dir), "offload_optimizer": "offload" in rest}
+        update["base_precision"] = "fp8" if "fp8" in rest else None
+        train = config.train.model_copy(update=update)
         found[name] = resumes_bitwise(config.model_copy(update={"train": train}), groups)
     return found
 
 
 def resumes_bitwise(config: Config, groups: ProcessGroups) -> dict[str, bool]:
-    first, state = start(config, groups, None)
+    first, state = start_small(config, groups, None)
     for step in range(1, STEPS + 1):
         run_step(first, config, groups, step)
     state.save(STEPS)
     expected = [run_step(first, config, groups, step) for step in range(STEPS + 1, 2 * STEPS + 1)]
-    second, _ = start(config, groups, find_checkpoint(state.run_dir, "must"))
+    second, _ = start_small(config, groups, find_checkpoint(state.run_dir, "must"))
     actual = [run_step(second, config, groups, step) for step in range(STEPS + 1, 2 * STEPS + 1)]
     return {"losses": actual == expected, "states": same_states(first, second)}
-
-
-class Inherited:
-    """The base that small engines start from, whole, as an export would hand it out."""
-
-    def __init__(self, config: Config) -> None:
-        model = CogVideo(config.model)
-        initialize_base(model, seed=1)
-        self._tensors = dict(model.to(DTYPES[config.train.precision]).named_parameters())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name].detach()
-
-    def tensor_bytes(self, names: Sequence[str]) -> dict[str, int]:
-        return {name: self._tensors[name].nbytes for name in names}
-
-
-def start(config: Config, groups: ProcessGroups, checkpoint: Any) -> tuple[Engine, RunState]:
-    """An engine with its state: fresh, or from a checkpoint (found) into a model full of NaN."""
-    model = CogVideo(config.model, ("sequential",), groups.tensor, sequence=groups.sequence)
-    model.to(DTYPES[config.train.precision]).trainable("sequential")
-    shapes, resumed = shapes_of(model), None
-    if checkpoint is None:
-        initialize_base(model, seed=1)
-        initialize_plus(model, "sequential", "copy", seed=1)
-    else:
-        for parameter in model.parameters():
-            parameter.data.fill_(float("nan"))
-        resumed = load_checkpoint(Path(config.train.run_dir), *checkpoint, config, model)
-    engine = build_engine(config, model, groups, GLOBAL_BATCH // (MICRO_BATCH * groups.data_size))
-    inherited: Any = Inherited(config)
-    state = RunState(config, engine, groups, shapes, {}, {}, (inherited, []))
-    if resumed is not None:
-        assert state.restore(resumed, example_inputs(config, torch.device("cpu"))) == STEPS
-    return engine, state
 
 
 def same_states(one: Engine, other: Engine) -> bool:
@@ -247,7 +211,7 @@ def failing_save(folder: Path) -> dict[str, Any]:
     groups = build_process_groups(1)
     config = small_config("torch", 0, 1, 2)
     train = config.train.model_copy(update={"run_dir": str(folder / "run")})
-    engine, state = start(config.model_copy(update={"train": train}), groups, None)
+    engine, state = start_small(config.model_copy(update={"train": train}), groups, None)
     run_step(engine, config, groups, 1)
     if dist.get_rank() == 1:
         records.save_tensors = no_space  # type: ignore[attr-defined]
@@ -258,6 +222,14 @@ def failing_save(folder: Path) -> dict[str, Any]:
         left = [path.name for path in (folder / "run").rglob("*")]
         return {"error": str(error), "left": left}
     raise AssertionError("the checkpoint was written")
+
+
+def elastic(folder: Path, saved: str, *pairs: str) -> dict[str, Any]:
+    """Save on each layout of `saved` (joined by +), then resume each pair (saved>resumed)."""
+    save_all(folder, map(Layout.parse, filter(None, saved.split("+"))))
+    split = [pair.split(">") for pair in pairs]
+    rows = resume_all(folder, [(Layout.parse(one), Layout.parse(other)) for one, other in split])
+    return {"rows": [dataclasses.asdict(row) for row in rows]}
 
 
 def no_space(*_: object) -> None:
@@ -331,6 +303,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "policies": policies,
     "sums": sums,
     "failing_save": failing_save,
+    "elastic": elastic,
     "pretrain_all": pretrain_all,
 }
 

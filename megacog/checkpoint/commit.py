@@ -7,21 +7,34 @@ same CheckpointError everywhere, so no rank waits for one that has left.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
 
 from megacog.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, check_contents, check_sizes, read_manifest
-from megacog.errors import CheckpointError, MegacogError
-from megacog.runtime.files import environment_error, sha256_file, sync_directory
+from megacog.checkpoint.ownership import TakenOverError
+from megacog.errors import CheckpointError, EnvError, MegacogError
+from megacog.runtime.files import environment_error, sha256_file, sync_directory, sync_file
 
 T = TypeVar("T")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has written into a folder."""
+
+    files: dict[str, FileEntry]
+    parameters: dict[str, str]
+    """Parameter -> file."""
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -77,32 +90,70 @@ def on_all_ranks(action: Callable[[], T]) -> list[T]:
     return [result for result, _ in outcomes]  # type: ignore[misc]
 
 
-def commit_folder(
-    final: Path,
-    write: Callable[[Path], dict[str, list[str]]],
-    manifest: Callable[[dict[str, FileEntry], dict[str, str]], str],
-) -> None:
-    """Write a folder with all ranks. Collective.
+def begin_folder(final: Path) -> Path:
+    """A new temporary folder, the same on all ranks, that is to become `final`. Collective.
+
+    Raises:
+        CheckpointError: It cannot be made.
+    """
+    try:
+        return on_rank_0(lambda: _make_temporary(final))
+    except MegacogError as error:
+        raise CheckpointError(f"{final} could not be written: {error}") from error
+
+
+def write_share(folder: Path, write: Callable[[Path], dict[str, list[str]]], needed: int) -> Share:
+    """Write this rank's files and sync them. Not collective: any thread may do it.
 
     Args:
+        folder: As `begin_folder` gave.
+        write: Writes the files into the folder it is given; parameters by file name.
+        needed: Bytes that this rank is about to write, for the message when they do not fit.
+
+    Raises:
+        EnvError: The disk is full.
+        OSError: A file cannot be written or synced otherwise.
+    """
+    try:
+        files = write(folder)
+        for name in files:
+            sync_file(folder / name)
+        entries = {name: FileEntry.of(folder / name) for name in files}
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise EnvError(_no_space(error, folder, needed)) from error
+    return Share(entries, {parameter: name for name, parameters in files.items() for parameter in parameters})
+
+
+def publish_folder(
+    temporary: Path,
+    final: Path,
+    share: Callable[[], Share],
+    manifest: Callable[[dict[str, FileEntry], dict[str, str]], str],
+) -> int:
+    """Let a temporary folder become `final` when all ranks have written their shares; its bytes. Collective.
+
+    Args:
+        temporary: As `begin_folder` gave.
         final: Its name; an existing folder of that name is replaced.
-        write: Writes this rank's files into the folder it is given; parameters by file name.
+        share: Gives this rank's share, or raises what kept it from being written.
         manifest: Text of manifest.json from all files and the placement of all parameters.
 
     Raises:
+        TakenOverError: As `manifest` raised it.
         CheckpointError: Some rank failed; `final` is as it was before.
     """
     try:
-        temporary = on_rank_0(lambda: _make_temporary(final))
-    except MegacogError as error:
-        raise CheckpointError(f"{final} could not be written: {error}") from error
-    try:
-        shares = on_all_ranks(lambda: _write_share(temporary, write))
+        shares = on_all_ranks(share)
         on_rank_0(lambda: _publish(temporary, final, shares, manifest))
     except MegacogError as error:
         if rank_and_size()[0] == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, TakenOverError):
+            raise
         raise CheckpointError(f"{final} could not be written: {error}") from error
+    return sum(entry.bytes for share in shares for entry in share.files.values())
 
 
 def verify_folder(path: Path, sha256: str | None = None) -> Manifest:
@@ -118,17 +169,23 @@ def verify_folder(path: Path, sha256: str | None = None) -> Manifest:
         CheckpointError: It is missing, damaged, or another one; the same on every rank.
     """
 
-    def read() -> Manifest:
-        manifest = read_manifest(path)
-        if sha256 is not None and sha256_file(path / FILE_NAME) != sha256:
-            raise CheckpointError(f"{path} is not the {path.name} folder that the checkpoint was written with")
-        check_sizes(path, manifest.files)
-        return manifest
-
-    manifest = on_rank_0(read)
+    manifest = on_rank_0(lambda: check_folder(path, sha256))
     rank, size = rank_and_size()
     share = dict(sorted(manifest.files.items())[rank::size])
     on_all_ranks(lambda: check_contents(path, share))
+    return manifest
+
+
+def check_folder(path: Path, sha256: str | None = None) -> Manifest:
+    """The manifest of a committed folder, whose files are all there and as long as they should be.
+
+    Raises:
+        CheckpointError: See `verify_folder`.
+    """
+    manifest = read_manifest(path)
+    if sha256 is not None and sha256_file(path / FILE_NAME) != sha256:
+        raise CheckpointError(f"{path} is not the {path.name} folder that the checkpoint was written with")
+    check_sizes(path, manifest.files)
     return manifest
 
 
@@ -138,36 +195,38 @@ def _make_temporary(final: Path) -> Path:
     return temporary
 
 
-def _write_share(
-    folder: Path, write: Callable[[Path], dict[str, list[str]]]
-) -> tuple[dict[str, FileEntry], dict[str, str]]:
-    files = write(folder)
-    for name in files:
-        descriptor = os.open(folder / name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    entries = {name: FileEntry.of(folder / name) for name in files}
-    return entries, {parameter: name for name, parameters in files.items() for parameter in parameters}
+def _no_space(error: OSError, folder: Path, needed: int) -> str:
+    assert error.errno is not None
+    try:
+        free = f"{shutil.disk_usage(folder).free} bytes free"
+    except OSError:
+        free = "free bytes unknown"
+    return (
+        f"{error.filename or folder}: {os.strerror(error.errno)} ({errno.errorcode[error.errno]}): "
+        f"{needed} bytes needed by this rank, {free}. Free some space and run again"
+    )
 
 
 def _publish(
     temporary: Path,
     final: Path,
-    shares: list[tuple[dict[str, FileEntry], dict[str, str]]],
+    shares: list[Share],
     manifest: Callable[[dict[str, FileEntry], dict[str, str]], str],
 ) -> None:
     entries: dict[str, FileEntry] = {}
     placement: dict[str, str] = {}
-    for files, parameters in shares:
-        entries.update(files)
-        placement.update(parameters)
-    with open(temporary / FILE_NAME, "w", encoding="utf-8") as file:
-        file.write(manifest(entries, placement))
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(temporary)
+    for share in shares:
+        entries.update(share.files)
+        placement.update(share.parameters)
+    content = manifest(entries, placement)
+    try:
+        (temporary / FILE_NAME).write_text(content, encoding="utf-8")
+        sync_file(temporary / FILE_NAME)
+        sync_directory(temporary)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise EnvError(f"rank 0 on {socket.gethostname()}: {_no_space(error, temporary, len(content))}") from error
     trash = None
     if final.exists():  # a folder cannot be renamed over another one
         trash = final.with_name(f".{final.name}.trash-{uuid.uuid4().hex[:12]}")

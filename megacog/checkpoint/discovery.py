@@ -1,17 +1,14 @@
-"""Which checkpoint a run continues from, and which old ones go."""
+"""Where the checkpoints of a run are, and which one it continues from."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from megacog.checkpoint.commit import on_rank_0, rank_and_size, verify_folder
-from megacog.checkpoint.manifest import FILE_NAME, Manifest
-from megacog.errors import CheckpointError
+from megacog.checkpoint.manifest import Manifest
+from megacog.errors import CheckpointError, EnvError
 from megacog.runtime.files import atomic_file
 from megacog.runtime.log import get_logger
 
@@ -73,24 +70,10 @@ def find_checkpoint(run_dir: Path, resume: Literal["auto", "must", "never"]) -> 
     )
 
 
-def mark_latest(path: Path) -> None:
-    """Replace the hint `latest`, which only people read."""
-    with atomic_file(path.parent / LATEST, "w") as file:
-        file.write(path.name + "\n")
-
-
-def remove_old(run_dir: Path, keep_last: int, remove: Callable[[Path], None] | None = None) -> None:
-    """Remove all but the newest `keep_last` checkpoints; a failure is a warning."""
-    for path in list_checkpoints(run_dir)[keep_last:]:
-        try:
-            (remove or _remove)(path)
-        except OSError as error:
-            log.warning("old checkpoint %s could not be removed (%s)", path, error)
-
-
-def _remove(path: Path) -> None:
-    trash = path.with_name(f".{path.name}.trash")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(path, trash)
-    (trash / FILE_NAME).unlink(missing_ok=True)
-    shutil.rmtree(trash)
+def mark(path: Path, hint: str) -> None:
+    """Replace the hint `latest` or `best`, which only people read; a failure is a warning."""
+    try:
+        with atomic_file(path.parent / hint, "w") as file:
+            file.write(path.name + "\n")
+    except (OSError, EnvError) as error:
+        log.warning("%s could not be written (%s)", path.parent / hint, error)

@@ -48,6 +48,8 @@ class Manifest:
     parameters: dict[str, str]
     """Parameter -> file."""
     files: dict[str, FileEntry] = field(default_factory=dict)
+    evaluation_loss: float | None = None
+    """Of the evaluation at this step, if there was one."""
 
     def to_json(self) -> str:
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}

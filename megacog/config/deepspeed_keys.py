@@ -41,7 +41,7 @@ GENERATED = {
     "tensor_parallel": "parallel.tensor",
     "sequence_parallel_size": "parallel.sequence",
     "seq_parallel_communication_data_type": "parallel.sequence",
-    "checkpoint": "checkpoint.every and checkpoint.keep_last",
+    "checkpoint": "the checkpoint section",
     "tensorboard": "metrics.tensorboard",
 }
 

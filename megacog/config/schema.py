@@ -337,6 +337,14 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 = only at the end."""
     keep_last: int = Field(default=3, ge=1)
     """Newest checkpoints that are kept."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of steps that are multiples of it are kept for good; 0 = none."""
+    keep_best: int = Field(default=0, ge=0)
+    """Checkpoints with the lowest evaluation loss that are kept besides; 0 = none."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written; costs every rank host memory for its share of one."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written does to the run; the last one of a run must be written."""
 
 
 class SamplesConfig(Section):
@@ -373,6 +381,16 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Extra DeepSpeed settings, merged into the generated ones; keys are checked."""
+
+    @model_validator(mode="after")
+    def _the_best_is_known(self) -> Config:
+        every, eval_every = self.checkpoint.every, self.train.eval_every
+        if self.checkpoint.keep_best and (not self.data.eval or not every or not eval_every or every % eval_every):
+            raise ValueError(
+                f"checkpoint.keep_best needs data.eval and an evaluation at every checkpoint: checkpoint.every {every} "
+                f"must be a multiple of train.eval_every {eval_every}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from megacog.checkpoint.export import FRAME_TOKENIZER, TEXT_TOKENIZER, Export, add_tokenizers, open_export
+from megacog.checkpoint.verify import is_run, verify_run
 from megacog.config.load import load_config
 from megacog.config.schema import PlusStage, Stage
 from megacog.errors import CheckpointError, ConfigError, DataError
@@ -44,8 +45,9 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add.add_argument("export", type=Path, metavar="EXPORT")
     _add_tokenizer_folders(add)
     add.set_defaults(command=_add_tokenizers)
-    verify = commands.add_parser("verify", help="check every byte and name of an export", description=_VERIFY)
-    verify.add_argument("export", type=Path, metavar="EXPORT")
+    verify = commands.add_parser("verify", help="check what a run or an export holds", description=_VERIFY)
+    verify.add_argument("export", type=Path, metavar="RUN|EXPORT")
+    verify.add_argument("--full", action="store_true", help="of a run: read every byte (of an export: always)")
     verify.set_defaults(command=_verify)
 
 
@@ -64,8 +66,9 @@ step-by-step model computes in fp32 from random inputs, with random weights that
 of an export."""
 _ADD_TOKENIZERS = """Put a text tokenizer, a frame tokenizer or both into an export that was imported without them,
 after checking that they are its model's."""
-_VERIFY = """Check sizes and checksums of all files of an export, and that its tensors and its tokenizers are those of
-its model."""
+_VERIFY = """Of an export: check sizes and checksums of all files, and that its tensors and its tokenizers are those of
+its model. Of a run: check manifests and sizes of all checkpoints, of the frozen weights and of the export; with --full
+checksums, too. Exit code 1 if anything is damaged."""
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +233,8 @@ def _add_tokenizers(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if is_run(options.export):
+        return _verify_run(options.export, options.full)
     export = open_export(options.export, verify=True)
     own = {name: export.path / name for name in export.tokenizers}
     tokenizers = GivenTokenizers(own.get(TEXT_TOKENIZER), own.get(FRAME_TOKENIZER))
@@ -239,6 +244,19 @@ def _verify(options: argparse.Namespace) -> int:
     held, names = ", ".join(["base", *export.plus]), " and ".join(export.tokenizers)
     print(f"{options.export}: {held}; {len(export.files)} tensors, {names or 'no tokenizers'}")
     return 0
+
+
+def _verify_run(run_dir: Path, full: bool) -> int:
+    found = verify_run(run_dir, full)
+    width = max([len(row.name) for row in found], default=0)
+    for row in found:
+        state = "DAMAGED" if row.problem else "whole" if full else "sizes fit"
+        size = f"{row.files:5} files {row.bytes / 1e6:12.3f} MB"
+        print(f"{row.name:{width}} {size}  {state:9}  {row.problem or row.note}")
+    damaged = sum(row.problem is not None for row in found)
+    how = "every byte" if full else "manifests and sizes; --full reads every byte"
+    print(f"{run_dir}: {len(found)} things checked ({how}), {damaged} damaged")
+    return 1 if damaged else 0
 
 
 def _export_problems(export: Export) -> list[str]:

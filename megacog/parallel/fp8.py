@@ -82,9 +82,15 @@ def _hold(layer: nn.Module) -> None:
 def load_weight(layer: nn.Module, weight: Tensor) -> None:
     """Quantize this rank's part of a weight [N, K], of any dtype and device, into a layer that holds it in e4m3."""
     assert isinstance(layer.weight, Tensor) and isinstance(layer.weight_scale, Tensor)
-    codes, scale = quantize_rows(weight.to(layer.weight.device))
-    layer.weight.copy_(codes.view(torch.uint8))
-    layer.weight_scale.copy_(scale.flatten().view(torch.int32))
+    codes, scale = as_held(weight.to(layer.weight.device))
+    layer.weight.copy_(codes)
+    layer.weight_scale.copy_(scale)
+
+
+def as_held(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer holds of a weight [N, K]: codes uint8 [N, K] and the bits of their scales, int32 [N]."""
+    codes, scale = quantize_rows(weight)
+    return codes.view(torch.uint8), scale.flatten().view(torch.int32)
 
 
 def held_weight(weight: Tensor, weight_scale: Tensor) -> Tensor:

@@ -122,6 +122,22 @@ def atomic_directory(path: Path | str, replace: FolderKind | None = None) -> Ite
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sync_file(path: Path | str) -> None:
+    """Make the bytes of a file durable.
+
+    Raises:
+        OSError: They may be lost; errno and path say why.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)  # syncing names no file
+        raise
+    finally:
+        os.close(descriptor)
+
+
 def sync_directory(path: Path) -> None:
     """Make the entries of a folder (names after a rename) durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -245,11 +261,7 @@ def _move_into_place(temporary: Path, path: Path) -> None:
 def _sync_tree(root: Path) -> None:
     for folder, _, names in os.walk(root):
         for name in names:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_file(os.path.join(folder, name))
         sync_directory(Path(folder))
 
 

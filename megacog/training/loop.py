@@ -23,11 +23,14 @@ from megacog.runtime.faults import fault_point
 from megacog.runtime.hardware import memory_gib
 from megacog.runtime.log import get_logger
 from megacog.runtime.signals import StopFlag
+from megacog.training.checkpoints import Checkpoints
 from megacog.training.engine import Engine
 from megacog.training.guard import Guard
 from megacog.training.schedule import learning_rate
 
 log = get_logger(__name__)
+_FLAGS = 2
+"""Numbers that ride on the reduction of the losses."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class StepReport:
     applied: bool
     stop: bool
     """Some rank was asked to stop."""
+    written: bool
+    """No rank writes its share of a checkpoint any more."""
     sample_ids: list[str]
     """Of this rank."""
 
@@ -60,7 +65,7 @@ class Loop:
         recorder: metrics.jsonl and TensorBoard.
         throughput: Stopwatch.
         stop: Set by signals.
-        save: Writes the checkpoint of a step; collective.
+        checkpoints: Begins, and completes when all ranks have written, the checkpoints.
         sample: Writes the sample clips of a step; collective.
     """
 
@@ -72,7 +77,7 @@ class Loop:
     recorder: Recorder
     throughput: Throughput
     stop: StopFlag
-    save: Callable[[int], None]
+    checkpoints: Checkpoints
     sample: Callable[[int], None]
     guard: Guard = field(default_factory=Guard)
 
@@ -85,16 +90,21 @@ class Loop:
             step += 1
             report = self.train_step(batches, step)
             speed = self.throughput.step(train.global_batch_size)
+            if report.written:
+                self.checkpoints.complete()
             self.guard.check(step, report.loss, report.grad_norm, report.applied, report.sample_ids)
             last = step == train.steps or report.stop
             if due(step, train.log_every) or last:
                 self.record(report, speed)
+            evaluation_loss = None
             if self.evaluation and (due(step, train.eval_every) or (last and train.eval_every and not report.stop)):
-                self.evaluate(step)
+                evaluation_loss = self.evaluate(step)
             if due(step, self.config.samples.every):
                 self.sample(step)
-            if due(step, self.config.checkpoint.every) or last:
-                self.save(step)
+            if last:
+                self.checkpoints.save_last(step, evaluation_loss)
+            elif due(step, self.config.checkpoint.every):
+                self.checkpoints.save(step, evaluation_loss)
             self.throughput.restart()
             if report.stop:
                 break
@@ -109,17 +119,18 @@ class Loop:
                 batch = next(batches).to(self.device)
             output = self.forward(batch, step)
             self.engine.backward(output.loss)
-            sums[1:] += self._numbers(output) / self.accumulation
+            sums[_FLAGS:] += self._numbers(output) / self.accumulation
             sample_ids += batch.sample_ids
         rate = learning_rate(step, self.config.train)
         applied = self.engine.step(rate)
         if fault_point("step", step) == "flip":
             flip_bit(self.engine.model)
-        sums[0] = float(self.stop.requested)
-        stop, loss, *frame_loss = self._mean_over_ranks(sums)
+        sums[0], sums[1] = float(self.stop.requested), float(self.checkpoints.writing)
+        stop, writing, loss, *frame_loss = self._mean_over_ranks(sums)
         return StepReport(
-            step, loss, self._by_frame(frame_loss), self.engine.grad_norm, rate, applied, stop > 0, sample_ids
-        )
+            step, loss, self._by_frame(frame_loss), self.engine.grad_norm, rate, applied, stop > 0, writing == 0,
+            sample_ids,
+        )  # fmt: skip
 
     def forward(self, batch: Batch, step: int) -> LossOutput:
         """The losses of a micro batch of a step."""
@@ -140,9 +151,9 @@ class Loop:
         samples = sum(len(batch) for batch in self.evaluation)
         for batch in self.evaluation:
             output = self.engine.forward(**self.inputs(batch.to(self.device)))
-            sums[1:] += self._numbers(output) * (len(batch) / samples)
+            sums[_FLAGS:] += self._numbers(output) * (len(batch) / samples)
         self.engine.model.train()
-        _, loss, *frame_loss = self._mean_over_ranks(sums)
+        loss, *frame_loss = self._mean_over_ranks(sums)[_FLAGS:]
         by_frame = self._by_frame(frame_loss)
         log.info("step %d | evaluation loss %.4f | %s", step, loss, _format_frames(by_frame))
         self.recorder.write(step, "eval", loss=loss, frame_loss=by_frame)
@@ -182,9 +193,9 @@ class Loop:
         )  # fmt: skip
 
     def _zeros(self) -> Tensor:
-        """Stop flag, loss, then the loss of each predicted frame."""
+        """Flags (some rank stops, some rank writes), loss, then the loss of each predicted frame."""
         frames = stage_layout(self.config.model, self.config.train.stage).loss_frames
-        return torch.zeros(2 + len(frames), device=self.device)
+        return torch.zeros(_FLAGS + 1 + len(frames), device=self.device)
 
     def _numbers(self, output: LossOutput) -> Tensor:
         return torch.cat([output.loss.detach().view(1), output.frame_loss_Q]).float()

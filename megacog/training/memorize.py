@@ -37,6 +37,7 @@ from megacog.runtime.files import write_json
 from megacog.runtime.hardware import describe_device
 from megacog.runtime.signals import StopFlag
 from megacog.training.benchmark import CPU_CONFIG, GPU_CONFIG
+from megacog.training.checkpoints import Checkpoints
 from megacog.training.engine import build_engine
 from megacog.training.loop import Loop
 from megacog.training.measure import Case, case_config
@@ -167,6 +168,23 @@ def memorizing_config(arguments: argparse.Namespace) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"run_dir": str(arguments.run_dir)})})
 
 
+class _OneCheckpoint(Checkpoints):
+    """One checkpoint, as two would not fit on every disk; some steps later the process may die."""
+
+    at: int
+    die: bool
+
+    def save(self, step: int, evaluation_loss: float | None) -> None:
+        if step == self.at:
+            super().save(step, evaluation_loss)
+            self.complete()
+        if self.die and step == self.at + _STEPS_AFTER_SAVE:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_last(self, step: int, evaluation_loss: float | None) -> None:
+        """Nothing: the run is over."""
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Train, or go on from the checkpoint; one is written, at the step asked for."""
     logs.setup()
@@ -184,14 +202,10 @@ def train(arguments: argparse.Namespace) -> None:
     recorder.truncate_after(start)
     throughput = build_throughput(config, world_size=1)
 
-    def save(step: int) -> None:
-        if step == arguments.save_at:  # one only: two would not fit on every disk
-            state.save(step)
-        if arguments.die and step == arguments.save_at + _STEPS_AFTER_SAVE:
-            os.kill(os.getpid(), signal.SIGKILL)
-
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 1})})
-    loop = Loop(config, engine, 1, device, [], recorder, throughput, StopFlag(), save, sample=lambda step: None)
+    checkpoints = _OneCheckpoint(state, config.checkpoint, recorder)
+    checkpoints.at, checkpoints.die = arguments.save_at, arguments.die
+    loop = Loop(config, engine, 1, device, [], recorder, throughput, StopFlag(), checkpoints, sample=lambda step: None)
     distinct = arguments.clips // arguments.micro_batch
     loop.run(batches(config.model, "sequential", arguments.micro_batch, distinct, start), start)
     recorder.close()

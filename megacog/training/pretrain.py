@@ -50,6 +50,7 @@ from megacog.runtime.ranks import Ranks, discover, require_world
 from megacog.runtime.signals import StopFlag
 from megacog.tokenizers.frames import FrameTokenizer, load_frame_tokenizer
 from megacog.tokenizers.text import TextTokenizer
+from megacog.training.checkpoints import Checkpoints
 from megacog.training.engine import Engine, build_engine
 from megacog.training.loop import Loop
 from megacog.training.precision import DTYPES
@@ -156,7 +157,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     evaluation = load_evaluation(config, tokenizers.text, groups)
     loop = Loop(
         config, engine, accumulation, device, evaluation, recorder, build_throughput(config, ranks.world_size), stop,
-        save=lambda step: save(state, step),
+        checkpoints=Checkpoints(state, config.checkpoint, recorder),
         sample=make_sampler(config, tokenizers, evaluation, engine, ranks),
     )  # fmt: skip
     place = {"data_rank": groups.data_rank, "data_size": groups.data_size, "start_step": start_step}
@@ -320,12 +321,6 @@ def make_sampler(config: Config, tokenizers: Tokenizers, evaluation: list[Batch]
         log.info("step %d | samples in %s", step, sampler.write(engine, step, write=ranks.rank == 0))
 
     return sample
-
-
-def save(state: RunState, step: int) -> None:
-    """Write a checkpoint and say so."""
-    state.save(step)
-    log.info("step %d | checkpoint written", step)
 
 
 def build_throughput(config: Config, world_size: int) -> Throughput:

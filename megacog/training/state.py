@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacog.checkpoint.commit import on_rank_0, rank_and_size
+from megacog.checkpoint.commit import on_all_ranks, on_rank_0, rank_and_size
 from megacog.checkpoint.export import Export, load_tensors, save_export
 from megacog.checkpoint.manifest import Manifest
-from megacog.checkpoint.records import Record, RecordReader
+from megacog.checkpoint.records import Record, RecordReader, assign_owners
+from megacog.checkpoint.retention import Retention
 from megacog.checkpoint.rng import restore_rng, seed_everything
-from megacog.checkpoint.store import needed_bytes, open_frozen, rng_name, save_checkpoint, save_frozen
+from megacog.checkpoint.saver import Saved, Saver
+from megacog.checkpoint.store import needed_bytes, open_frozen, rng_name, save_frozen
 from megacog.config.load import config_hash
 from megacog.config.schema import Config
 from megacog.errors import CheckpointError
 from megacog.model.init import whole_shape
 from megacog.model.transformer import CogVideo
+from megacog.parallel.fp8 import as_held
 from megacog.parallel.groups import ProcessGroups
 from megacog.parallel.tensor import TensorParallel
+from megacog.runtime.faults import fault_point
 from megacog.runtime.log import get_logger
 from megacog.training.engine import Engine
 
@@ -57,6 +62,19 @@ def local_part(whole: Tensor, parameter: Tensor, parallel: TensorParallel) -> Te
     return shard.slice(whole, parallel.rank, parallel.size)
 
 
+def _differing(found: Record, expected: Record) -> list[str]:
+    """Fields that are not the same to the bit, or in one record only."""
+    fields = sorted(found.keys() | expected.keys())
+    return [field for field in fields if not _same_bits(found.get(field), expected.get(field))]
+
+
+def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    bits = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*bits)
+
+
 @dataclass(frozen=True)
 class Resumed:
     """A verified checkpoint whose weights are in the model; the rest waits for the engine."""
@@ -68,6 +86,16 @@ class Resumed:
     def idle_tensors(self, shapes: Mapping[str, list[int]]) -> list[str]:
         """Names of the idle sets' tensors: what is frozen and not in the model (whose parameters are in `shapes`)."""
         return sorted(set(self.frozen.placement) - set(shapes)) if self.frozen else []
+
+    def part(self, name: str, parameter: Tensor, parallel: TensorParallel) -> Record:
+        """What this tensor-parallel rank must hold of a parameter; of frozen ones as they are computed with."""
+        if parameter.requires_grad:
+            return {field: local_part(x, parameter, parallel) for field, x in self.records.read(name).items()}
+        weight = local_part(self.frozen_tensor(name), parameter, parallel)
+        if parameter.dtype != torch.uint8:
+            return {"weight": weight.to(parameter.dtype)}
+        codes, scale = as_held(weight.to(parameter.device))
+        return {"weight": codes, "weight_scale": scale}
 
     def frozen_tensor(self, name: str) -> Tensor:
         """A frozen or idle tensor as it is stored."""
@@ -82,6 +110,7 @@ def load_checkpoint(run_dir: Path, path: Path, manifest: Manifest, config: Confi
         CheckpointError: It belongs to another run (the message names every difference) or is damaged.
     """
     check_same_run(manifest.config, config, path)
+    fault_point("load", manifest.step)
     records = RecordReader(path, manifest.parameters)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -137,7 +166,7 @@ def _leaf_differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[A
 
 
 class RunState:
-    """Saves, restores and exports one run. All methods are collective.
+    """Saves, restores and exports one run, whose folder it takes over. All methods are collective.
 
     Frozen weights and idle sets are taken from the inherited export, and later from the run's own copy, in the
     dtype that they were stored in: the compute dtype may have fewer bits.
@@ -164,6 +193,9 @@ class RunState:
     ) -> None:
         self.run_dir = Path(config.train.run_dir)
         self.saved_step = -1
+        keep = config.checkpoint
+        retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best)
+        self._saver = Saver(self.run_dir, retention, keep.asynchronous)
         self._config = config
         self._engine = engine
         self._groups = groups
@@ -187,14 +219,47 @@ class RunState:
         self._engine.prepare_states(**example)
         for name, parameter in self._parameters.items():
             if parameter.requires_grad:
-                record = resumed.records.read(name)
-                self._engine.set_state(
-                    name, {field: local_part(x, parameter, self._groups.tensor) for field, x in record.items()}
-                )
+                self._engine.set_state(name, resumed.part(name, parameter, self._groups.tensor))
+        log.info("restored state verified: %d tensors", self._verify(resumed))
         self._restore_rng(resumed)
         self._frozen_hash, self._frozen = resumed.manifest.frozen, resumed.frozen
         self.saved_step = resumed.manifest.step
         return resumed.manifest.step
+
+    def _verify(self, resumed: Resumed) -> int:
+        """Compare all that the engine now holds with what was saved, bit for bit; how many tensors.
+
+        Each rank compares its own part, and of the parameters those that fall to it among its replicas.
+
+        Raises:
+            CheckpointError: Something differs; the same on every rank.
+        """
+        replicas = self._groups.replicas
+        owners = assign_owners({name: self._numel(name) for name in self._parameters}, replicas.size)
+        different, count = [], 0
+        for name, parameter in self._parameters.items():
+            held = self._held(name, parameter)
+            count += len(held)
+            if owners[name] == replicas.rank:
+                saved = resumed.part(name, parameter, self._groups.tensor)
+                different += [f"{field} of {name}" for field in _differing(held, saved)]
+
+        def tell() -> None:
+            if different:
+                raise CheckpointError(f"differ from what {resumed.records.folder} holds: {', '.join(different)}")
+
+        on_all_ranks(tell)
+        return count
+
+    def _held(self, name: str, parameter: Tensor) -> Record:
+        """What this tensor-parallel rank's engine holds of a parameter."""
+        if parameter.requires_grad:
+            return self._engine.get_state(name)
+        record = {"weight": self._engine.weight(name)}
+        if parameter.dtype == torch.uint8:
+            layer = self._engine.model.get_submodule(name.rpartition(".")[0])
+            record["weight_scale"] = layer.get_buffer("weight_scale")
+        return record
 
     def _restore_rng(self, resumed: Resumed) -> None:
         rank, _ = rank_and_size()
@@ -205,8 +270,22 @@ class RunState:
         log.warning("the checkpoint was written by %s; resuming is exact to rounding, not bitwise", world)
         seed_everything(self._config.train.seed + resumed.manifest.step * 1_000_003 + self._groups.data_rank)
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of a step, the first time with all frozen weights, unless it is there already.
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes its share of a checkpoint. Not collective."""
+        return self._saver.writing
+
+    def save(self, step: int, evaluation_loss: float | None = None) -> Saved | None:
+        """Write the checkpoint of a step completely; see `start_save`. None if it is there already."""
+        self.start_save(step, evaluation_loss)
+        return self.finish_save()
+
+    def start_save(self, step: int, evaluation_loss: float | None = None) -> None:
+        """Begin the checkpoint of a step, the first time with all frozen weights, unless it is there already.
+
+        Args:
+            step: The step that has just ended.
+            evaluation_loss: Of an evaluation at this step; one that is not finite counts for nothing.
 
         Raises:
             EnvError: There is not enough disk space for all of it; nothing was written.
@@ -217,9 +296,25 @@ class RunState:
         sizes = self._trained_bytes()
         if self._frozen_hash is None:
             self._save_frozen(reserve=needed_bytes(sizes))
-        header = self._header(step)
-        save_checkpoint(self.run_dir, header, sizes, self._record, self._config.checkpoint.keep_last)
-        self.saved_step = step
+        if evaluation_loss is not None and not math.isfinite(evaluation_loss):
+            evaluation_loss = None
+        header = replace(self._header(step), evaluation_loss=evaluation_loss)
+        self._saver.start(header, sizes, self._record)
+
+    def finish_save(self) -> Saved | None:
+        """Complete the checkpoint that was begun, waiting for its files; None if none was.
+
+        Raises:
+            CheckpointError: Some rank could not write.
+        """
+        saved = self._saver.finish()
+        if saved is not None:
+            self.saved_step = saved.step
+        return saved
+
+    def close(self) -> None:
+        """Wait until old checkpoints are removed."""
+        self._saver.close()
 
     def export(self, text_tokenizer: Path, frame_tokenizer: Path) -> Path:
         """Write `<run>/export` from the present weights; frozen ones and idle sets are carried over bitwise.
@@ -232,7 +327,7 @@ class RunState:
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 continue
-            whole = gather_whole(self._engine.weight(name), parameter, self._groups.tensor)
+            whole = self._whole_weight(name)
             if rank == 0:
                 tensors[name] = whole.detach().to("cpu", copy=True)
         path = self.run_dir / "export"
@@ -262,6 +357,9 @@ class RunState:
         groups = self._groups
         sizes = {"tensor": groups.tensor.size, "sequence": groups.sequence.size, "data": groups.data_size}
         return {"ranks": rank_and_size()[1]} | sizes
+
+    def _whole_weight(self, name: str) -> Tensor:
+        return gather_whole(self._engine.weight(name), self._parameters[name], self._groups.tensor)
 
     def _record(self, name: str) -> Record:
         parameter = self._parameters[name]

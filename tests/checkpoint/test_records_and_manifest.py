@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacog.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, check_contents, check_sizes, read_manifest
-from megacog.checkpoint.records import RecordReader, RecordWriter, assign_owners
+from megacog.checkpoint.records import RecordReader, RecordWriter, Snapshot, assign_owners, copied
 from megacog.checkpoint.rng import capture_rng, restore_rng, seed_everything
 from megacog.errors import CheckpointError
 
@@ -49,11 +49,18 @@ def test_records_come_back_bitwise_in_their_dtypes_from_several_files(tmp_path: 
             assert found[field].dtype == record[field].dtype and torch.equal(found[field], record[field])
 
 
-def test_views_are_written_whole_and_copied_when_added(tmp_path: Path) -> None:
-    tensor = torch.arange(12.0).view(3, 4)
-    writer = RecordWriter(tmp_path, "r", 0)
-    writer.add("a", {"weight": tensor.T})
+@pytest.mark.parametrize("by", ["copy", "snapshot"])
+def test_views_are_written_whole_and_as_they_were_when_copied(tmp_path: Path, by: str) -> None:
+    tensor = torch.zeros(3, 4)
+    snapshot = Snapshot()
+    snapshot.add("a", {"weight": tensor.T})  # the memory is used again
+    tensor.copy_(torch.arange(12.0).view(3, 4))
+    snapshot.add("a", {"weight": tensor.T})
+    snapshot.finish()
+    held = copied({"weight": tensor.T}) if by == "copy" else snapshot.records["a"]
     tensor.zero_()
+    writer = RecordWriter(tmp_path, "r", 0)
+    writer.add("a", held)
     placement = {name: file for file, names in writer.finish().items() for name in names}
     assert torch.equal(RecordReader(tmp_path, placement).read("a")["weight"], torch.arange(12.0).view(3, 4).T)
 

@@ -77,7 +77,7 @@ def test_exports_on_a_full_disk(
     command: Command, training: TrainingArguments, small_disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Only the export is left to be written; the weights of this model are larger than the disk.
-    monkeypatch.setattr(pretrain.RunState, "save", lambda self, step: None)
+    monkeypatch.setattr(pretrain.RunState, "save", lambda self, step, loss: None)
     arguments = training()
     with small_disk(64) as disk:
         outcome = command("pretrain", *arguments, f"train.run_dir={disk / 'run'}")

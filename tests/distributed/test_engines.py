@@ -45,7 +45,7 @@ SUMS = "sums:1,2,3"
 POLICIES = "policies:1,2,3"
 RESUMED = resume_job(
     "torch-0-1-1-bf16", "deepspeed-3-1-1-bf16", "deepspeed-1-1-2-bf16", "deepspeed-2-2-1-fp32",
-    "deepspeed-1-1-1-bf16-offload",
+    "deepspeed-1-1-1-bf16-offload", "deepspeed-2-2-1-bf16-fp8",
 )  # fmt: skip
 
 

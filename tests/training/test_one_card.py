@@ -76,12 +76,13 @@ def peak(values: dict[str, Any], run_dir: Path, cap: int | None = None, **train:
     config = write_config(run_dir.with_suffix(".yaml"), run)
     peaks: list[int] = []
 
-    def end(state: Any, step: int) -> None:
+    def end(checkpoints: Any, step: int, loss: Any) -> None:
         peaks.append(memory.peak)
         memory.cap = None
 
     with pytest.MonkeyPatch.context() as patch, TrackedMemory(cap) as memory:
-        patch.setattr(pretrain, "save", end)
+        patch.setattr(pretrain.Checkpoints, "save", end)
+        patch.setattr(pretrain.Checkpoints, "save_last", end)
         assert pretrain.main(["--config", str(config)]) == 0
     return peaks[0]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_run import make_inputs, settings, write_config
 
-from megacog.checkpoint import store
+from megacog.checkpoint import saver, store
 from megacog.checkpoint.discovery import list_checkpoints
 from megacog.checkpoint.export import open_export
 from megacog.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, DataError, EnvError
@@ -156,7 +156,8 @@ def test_the_first_checkpoint_needs_space_for_trained_frozen_and_idle_weights(
     inputs: Path, sequential: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(store, "require_space", lambda _, needed: asked.append(needed))
+    for module in (store, saver):
+        monkeypatch.setattr(module, "require_space", lambda _, needed: asked.append(needed))
 
     def values(name: str) -> dict[str, Any]:
         changed = torch_settings(inputs, tmp_path / name, "interpolation", steps=2, precision=precision, eval_every=0)

@@ -1,0 +1,216 @@
+"""Writing the checkpoints of a run: `<run>/checkpoints/step-0001000/`.
+
+Asynchronous: every rank copies its share into host memory and trains on while a thread writes and syncs the copy.
+(A thread is enough: writing, syncing and checksums run without python's lock.) Collectives belong to the main thread
+alone, so it is the main threads that agree, at a later step, that all shares are on disk, and publish them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megacog.checkpoint.commit import Share, begin_folder, on_rank_0, publish_folder, rank_and_size, write_share
+from megacog.checkpoint.discovery import LATEST, checkpoint_path, mark
+from megacog.checkpoint.manifest import FileEntry, Manifest
+from megacog.checkpoint.ownership import Ownership, leftovers
+from megacog.checkpoint.records import Record, RecordWriter, Snapshot, assign_owners, build_share, copied
+from megacog.checkpoint.retention import Retention, remove_all, retire_old
+from megacog.checkpoint.rng import capture_rng
+from megacog.checkpoint.store import needed_bytes, rng_name
+from megacog.runtime.faults import fault_point
+from megacog.runtime.files import require_space
+from megacog.runtime.log import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete, and what it took."""
+
+    path: Path
+    step: int
+    bytes: int
+    """Of all ranks' files."""
+    seconds: float
+    """From its step to its name."""
+    stall_seconds: float
+    """Of these, how long training stood still."""
+
+
+class _Share:
+    """This rank's share in the making: in a thread, which does not keep the process from leaving, or at once."""
+
+    def __init__(self, work: Callable[[], Share], background: bool) -> None:
+        self._work = work
+        self._share: Share | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="checkpoint-writer")
+        if background:
+            self._thread.start()
+        else:
+            self._run()
+
+    @property
+    def busy(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self) -> Share:
+        """Wait for the share; raises what kept it from being written."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._share is not None
+        return self._share
+
+    def _run(self) -> None:
+        try:
+            self._share = self._work()
+        except Exception as error:  # told by `result`, when all ranks ask
+            self._error = error
+
+
+@dataclass
+class _InFlight:
+    header: Manifest
+    temporary: Path
+    share: _Share
+    started: float
+    stalled: float
+
+
+class Saver:
+    """Writes a run's checkpoints, at most one at a time; takes the run folder over. All methods are collective.
+
+    Args:
+        run_dir: The run.
+        retention: Which checkpoints stay.
+        asynchronous: Train on while files are written; costs each rank host memory for its share, `share_bytes`.
+
+    Raises:
+        MegacogError: The run folder cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, retention: Retention, asynchronous: bool) -> None:
+        self._run_dir = run_dir
+        self._retention = retention
+        self._asynchronous = asynchronous
+        self._snapshot = Snapshot()
+        self._in_flight: _InFlight | None = None
+        self._removal: threading.Thread | None = None
+        self._ownership: Ownership | None = None
+        on_rank_0(self._take_over)
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes its share. Not collective."""
+        return self._in_flight is not None and self._in_flight.share.busy
+
+    def start(self, header: Manifest, sizes: Mapping[str, int], record: Callable[[str], Record]) -> None:
+        """Begin a checkpoint; `finish` completes it. None may have begun before.
+
+        Args:
+            header: The manifest but for files and parameters.
+            sizes: Bytes of every trained parameter's record.
+            record: The whole record of one parameter; called on every rank in the order of `sizes`.
+
+        Raises:
+            EnvError: There is too little disk space; nothing was written.
+            TakenOverError: The run belongs to another process now.
+            CheckpointError: The folder cannot be made.
+        """
+        assert self._in_flight is None, "one checkpoint at a time"
+        started = time.monotonic()
+        self._wait_for_removal()
+        needed = needed_bytes(sizes)
+        on_rank_0(lambda: self._check_place(needed))
+        temporary = begin_folder(checkpoint_path(self._run_dir, header.step))
+        rank, size = rank_and_size()
+        owners = assign_owners(sizes, size)
+        mine = needed_bytes({name: sizes[name] for name in sizes if owners[name] == rank})
+        generators = capture_rng()
+        if self._asynchronous:
+            build_share(list(sizes), owners, rank, record, self._snapshot.add)
+            self._snapshot.finish()
+
+        def write(folder: Path) -> dict[str, list[str]]:
+            writer = RecordWriter(folder, "records", rank)
+            if self._asynchronous:
+                for name, held in self._snapshot.records.items():
+                    writer.add(name, held)
+            else:
+                build_share(list(sizes), owners, rank, record, lambda name, r: writer.add(name, copied(r)))
+            files = writer.finish()
+            fault_point("save", header.step)
+            own = RecordWriter(folder, "rng", rank)
+            own.add(rng_name(rank), generators)
+            return files | own.finish()
+
+        share = _Share(lambda: write_share(temporary, write, mine), background=self._asynchronous)
+        self._in_flight = _InFlight(header, temporary, share, started, time.monotonic() - started)
+
+    def finish(self) -> Saved | None:
+        """Complete the checkpoint that was begun, waiting for what is not written yet; None if none was.
+
+        Raises:
+            TakenOverError: The run belongs to another process now.
+            CheckpointError: Some rank could not write; older checkpoints are untouched.
+        """
+        if self._in_flight is None:
+            return None
+        begun, self._in_flight = self._in_flight, None
+        resumed = time.monotonic()
+        path = checkpoint_path(self._run_dir, begun.header.step)
+
+        def manifest(files: dict[str, FileEntry], placement: dict[str, str]) -> str:
+            assert self._ownership is not None
+            self._ownership.check()
+            return replace(begun.header, files=files, parameters=placement).to_json()
+
+        written = publish_folder(begun.temporary, path, begun.share.result, manifest)
+        if rank_and_size()[0] == 0:
+            mark(path, LATEST)
+            self._remove(retire_old(self._run_dir, self._retention))
+        now = time.monotonic()
+        return Saved(path, begun.header.step, written, now - begun.started, begun.stalled + now - resumed)
+
+    def close(self) -> None:
+        """Wait until old checkpoints are removed. Not collective."""
+        self._wait_for_removal()
+
+    def _take_over(self) -> None:
+        self._ownership = Ownership(self._run_dir)
+        old = leftovers(self._run_dir)
+        for path in old:
+            log.warning("%s is what a former process left unfinished; it is removed", path)
+        self._remove(old)
+
+    def _check_place(self, needed: int) -> None:
+        assert self._ownership is not None
+        self._ownership.check()
+        require_space(self._run_dir, needed)
+
+    def _remove(self, paths: list[Path]) -> None:
+        """Remove files and folders while training goes on."""
+        self._wait_for_removal()
+        if paths:
+            self._removal = threading.Thread(target=remove_all, args=(paths,), daemon=True)
+            self._removal.start()
+
+    def _wait_for_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
+
+
+def share_bytes(sizes: Mapping[str, int], ranks: int) -> int:
+    """Host memory of the rank with the largest share, in an asynchronous save, given the bytes of every record."""
+    shares = [0] * ranks
+    for name, rank in assign_owners(sizes, ranks).items():
+        shares[rank] += sizes[name]
+    return max(shares)

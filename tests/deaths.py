@@ -1,0 +1,101 @@
+"""A process that dies right after its k-th write, sync, rename, creation or removal of a file or folder."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_OPERATIONS = ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
+_CODE = 77
+
+
+class _Counter:
+    """Counts operations of all threads and calls `die` after the last one; None = only counts."""
+
+    def __init__(self, last: int | None) -> None:
+        self.count = 0
+        self._last = last
+        self._lock = threading.Lock()
+
+    def add(self) -> None:
+        with self._lock:
+            self.count += 1
+            if self.count == self._last:
+                os._exit(_CODE)
+
+    def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **named: Any) -> Any:
+            result = call(*arguments, **named)
+            self.add()
+            return result
+
+        return watched
+
+    def watched_open(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(file: Any, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+            opened = call(file, mode, *arguments, **named)
+            if "w" not in mode:
+                return opened
+            self.add()
+            return _Watched(opened, self)
+
+        return watched
+
+
+class _Watched:
+    """A file whose writes count."""
+
+    def __init__(self, file: Any, counter: _Counter) -> None:
+        self._file = file
+        self._counter = counter
+
+    def write(self, data: Any) -> int:
+        count = self._file.write(data)
+        self._file.flush()  # so that a death leaves what was written
+        self._counter.add()
+        return count
+
+    def __enter__(self) -> _Watched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def count_operations(work: Callable[[], object]) -> int:
+    """How many operations `work` has, counted in this process."""
+    counter = _Counter(None)
+    before = {name: getattr(os, name) for name in _OPERATIONS}, builtins.open
+    _install(counter)
+    try:
+        work()
+    finally:
+        for name, call in before[0].items():
+            setattr(os, name, call)
+        builtins.open = before[1]
+    return counter.count
+
+
+def die_after(last: int, work: Callable[[], object]) -> None:
+    """Do `work` in a child process that dies right after operation `last`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            _install(_Counter(last))
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == _CODE, f"operation {last} was not reached"
+
+
+def _install(counter: _Counter) -> None:
+    for name in _OPERATIONS:
+        setattr(os, name, counter.watched(getattr(os, name)))
+    builtins.open = counter.watched_open(builtins.open)  # type: ignore[assignment]
