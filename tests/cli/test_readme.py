@@ -199,11 +199,11 @@ def test_every_option_of_a_shown_command_exists() -> None:
 def test_every_option_named_in_the_text_exists() -> None:
     scripts = [path.name for path in sorted((ROOT / "launch").glob("*.sh")) if path.name != "environment.sh"]
     texts = [help_text(name) for name in (*scripts, "pretrain.py", "evaluate.py", "submit.py")]
-    texts += [help_text("prepare.py", name) for name in ("run", "records", "inspect", "verify", "digits")]
+    texts += [help_text("prepare.py", name) for name in ("run", "records", "inspect", "verify", "merge", "digits")]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
-    texts += [help_text("benchmark.py", name) for name in ("import", "generate", "train")]
+    texts += [help_text("benchmark.py", name) for name in ("import", "generate", "train", "checkpoint")]
     texts += [help_text("plan.py"), help_text("plan.py", "check"), help_text("doctor.py")]
-    weights = ("import-sat", "add-tokenizers", "export-sat", "export-safetensors", "parity", "parity-file")
+    weights = ("verify", "import-sat", "add-tokenizers", "export-sat", "export-safetensors", "parity", "parity-file")
     texts += [help_text("convert.py", name) for name in (*weights, "import-icetk-text", "import-icetk-frames")]
     texts += [help_text("prove.py", name) for name in re.findall(r"\{([\w,]+)\}", help_text("prove.py"))[0].split(",")]
     tools = (ROOT / "kernels" / "benchmarks").glob("*.py")
