@@ -256,6 +256,9 @@ class TrainConfig(Section):
     and exports keep the base as it was."""
     kernels: Kernels = "auto"
     """Attention, norms, gates and loss: auto takes Triton on GPUs and plain PyTorch elsewhere; triton insists on it."""
+    deterministic: bool = True
+    """Triton's gradients of attention are bitwise the same in every run; false lets them be summed in any order, with
+    two of seven matrix products less. Then a resumed run continues to rounding, not bitwise."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed: what is cut over data-parallel ranks (1 optimizer, 2 gradients, 3 weights)."""
     offload_optimizer: bool = False

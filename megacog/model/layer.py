@@ -41,6 +41,7 @@ class TextStates:
 def attend_all(
     mask: MaskSpec, grid: VideoGrid, text: KeyValue, valid_BL: Tensor, kernels: Implementation,
     text_bias: float = 0.0, queries: tuple[int, ...] | None = None, sequence: SequenceParallel = ALONE,
+    deterministic: bool = True,
 ) -> Attend:  # fmt: skip
     """Attention of all rows of a grid, or of the frames `queries`, over the valid text and all rows.
 
@@ -51,7 +52,7 @@ def attend_all(
     def attend(q_BRND: Tensor, k_BFND: Tensor, v_BFND: Tensor) -> Tensor:
         return attention(
             q_BRND, k_BFND, v_BFND, mask, grid, text_k=text_k, text_v=text_v, text_valid=valid_BL,
-            text_bias=text_bias, query_frames=queries, implementation=kernels,
+            text_bias=text_bias, query_frames=queries, deterministic=deterministic, implementation=kernels,
         ).frames  # fmt: skip
 
     return sequence.over_all_rows(attend, grid.cells)
@@ -72,11 +73,13 @@ class Layer(nn.Module):
     """One base layer; the attention-plus of the running stage is handed in."""
 
     def __init__(
-        self, config: ModelConfig, parallel: TensorParallel, kernels: Implementation, sequence: SequenceParallel
-    ) -> None:
+        self, config: ModelConfig, parallel: TensorParallel, kernels: Implementation, sequence: SequenceParallel,
+        deterministic: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.kernels: Implementation = kernels
         self.sequence = sequence
+        self.deterministic = deterministic
         norm = (config.hidden_size, config.layernorm_eps, kernels)
         self.input_layernorm = LayerNorm(*norm)
         self.third_layernorm = BranchNorm(*norm)
@@ -155,8 +158,9 @@ class Layer(nn.Module):
         def attend(channel: AttentionChannel, mask: MaskSpec, qkv: Sequence[Tensor], text: Sequence[Tensor]) -> Tensor:
             text_k, text_v = text
             see = attend_all(
-                mask, layout.grid, (text_k, text_v), valid_BL, self.kernels, queries=queries, sequence=self.sequence
-            )
+                mask, layout.grid, (text_k, text_v), valid_BL, self.kernels, queries=queries, sequence=self.sequence,
+                deterministic=self.deterministic,
+            )  # fmt: skip
             return channel.back(see(*qkv))
 
         normed_BRC = self.input_layernorm(x_BRC)

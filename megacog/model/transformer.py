@@ -51,6 +51,7 @@ class CogVideo(nn.Module):
         activation_checkpointing: What the backward pass of a layer computes again.
         kernels: What runs attention, norms, gates and the loss: `auto` takes Triton where it can, `triton` insists.
         sequence: This rank's place among those that share every sample in `forward`; None = it has them alone.
+        deterministic: Triton's gradients of attention are bitwise the same in every run.
 
     Weights are uninitialized: call `initialize` or load them.
     """
@@ -63,6 +64,7 @@ class CogVideo(nn.Module):
         activation_checkpointing: Checkpointing = "none",
         kernels: Implementation = "auto",
         sequence: SequenceParallel | None = None,
+        deterministic: bool = True,
     ) -> None:
         super().__init__()
         if config.boi_id is None:
@@ -78,7 +80,7 @@ class CogVideo(nn.Module):
         self.text_embedding = VocabParallelEmbedding(config.text_vocab_size, width, self.parallel)
         self.position_embedding = nn.Embedding(config.base_position_rows, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        layers = [Layer(config, self.parallel, kernels, self.sequence) for _ in range(config.num_layers)]
+        layers = [Layer(config, self.parallel, kernels, self.sequence, deterministic) for _ in range(config.num_layers)]
         self.layers: Sequence[Layer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.final_layernorm = LayerNorm(width, config.layernorm_eps, kernels)
         self.plus = nn.ModuleDict({stage: AttentionPlus(config, self.parallel, kernels) for stage in plus})

@@ -242,9 +242,9 @@ def _zero_3(elements: Elements, a: int, replicas: int, zero: dict[str, Any], gpu
 
 
 def _adam(elements: float, largest: float, gpu: bool) -> float:
-    """Temporaries of torch's AdamW: on a GPU the root of the second moment of all tensors at once; on a CPU that of
-    one tensor, its quotient, and the quotient of the tensor before."""
-    return FP32 * elements if gpu else FP32 * min(3 * largest, 2 * elements)
+    """Temporaries of torch's AdamW: on a GPU, where it is fused, none; on a CPU the root of one tensor's second moment,
+    its quotient, and the quotient of the tensor before."""
+    return 0.0 if gpu else FP32 * min(3 * largest, 2 * elements)
 
 
 def tree(state: State) -> dict[str, float]:

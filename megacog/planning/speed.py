@@ -11,9 +11,9 @@ from megacog.planning.cluster import Cluster
 from megacog.planning.memory import REDUCE_BUCKET, Elements, uses_bf16_optimizer
 from megacog.planning.trace import Pass
 
-_ADAM_BYTES = 92
-"""Per optimizer element: passes of torch's AdamW over all tensors at once. Decay 8, first moment 12, second moment 20,
-root 8, division 8, epsilon 8, update 16; the norm reads 4, clipping 8."""
+_ADAM_BYTES = 40
+"""Per optimizer element: torch's fused AdamW reads weight, gradient and both moments and writes all but the gradient
+(28), the norm reads 4, clipping 8."""
 _EXCHANGED = 4
 """What ranks of a sequence trade in every channel, forward and backward: q, k, v and what attention makes of them."""
 

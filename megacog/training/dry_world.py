@@ -37,6 +37,7 @@ from megacog.planning.memory import engine_state
 from megacog.planning.plan import accumulation_steps, count_elements, data_parallel, plan_peak, replicas
 from megacog.planning.trace import Ledger, as_on_a_gpu, default_dtype
 from megacog.runtime.cli import run
+from megacog.training import optimizer
 from megacog.training.engine import build_engine
 from megacog.training.precision import DTYPES
 from megacog.training.pretrain import example_inputs
@@ -141,6 +142,7 @@ def _no_data() -> Iterator[None]:
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda module, *_, **__: module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(as_on_a_gpu())
+        stack.enter_context(mock.patch.object(optimizer, "updates_on_gpu", lambda _: True))
         stack.enter_context(_AnswerScalars())
         yield
 

@@ -26,9 +26,14 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], train: Train
         {"params": [p for name, p in named if not decays(name)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # On the host one fused pass over memory counts; without it torch's loop makes a dozen.
-    fused = train.offload_optimizer or None
+    fused = True if train.offload_optimizer or updates_on_gpu(named) else None
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=fused)
+
+
+def updates_on_gpu(named: Iterable[tuple[str, nn.Parameter]]) -> bool:
+    """Whether AdamW runs on a GPU. There, and in a host's memory, one fused pass is what counts: torch's loop makes a
+    dozen. Small models on CPUs are as fast either way."""
+    return any(parameter.is_cuda for _, parameter in named)
 
 
 def global_norm(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor], parallel: TensorParallel) -> Tensor:

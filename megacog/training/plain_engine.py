@@ -112,7 +112,7 @@ class PlainEngine:
         master.copy_(state.get("master", state["weight"]))
         self._weights[name].copy_(state["weight"])
         self._optimizer.state[master] = {
-            "step": state["step"].to(torch.float32).cpu().clone(),
+            "step": state["step"].to(master.device, torch.float32, copy=True),
             "exp_avg": state["exp_avg"].to(master).clone(),
             "exp_avg_sq": state["exp_avg_sq"].to(master).clone(),
         }

@@ -273,7 +273,7 @@ def build_model(
     with torch.device("meta"):
         model = CogVideo(
             config.model, plus, groups.tensor, config.train.activation_checkpointing, config.train.kernels,
-            groups.sequence,
+            groups.sequence, config.train.deterministic,
         )  # fmt: skip
     model.trainable(stage)
     if config.train.base_precision == "fp8":

@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megacog.config.schema import Checkpointing, Stage
 from megacog.errors import EnvError
 from megacog.generation.cache import Decoder
+from megacog.model import layer
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
+from megacog_kernels.attention import attention
 
 CONFIG = model_config()
 STAGES: list[Stage] = ["base", "sequential", "interpolation"]
@@ -291,3 +293,19 @@ def test_triton_and_reference_give_the_same_loss_gradients_and_decoding() -> Non
     for name, gradient in gradients.items():
         torch.testing.assert_close(triton_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(triton_logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_how_gradients_are_summed_is_asked_of_every_attention(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    asked: list[bool] = []
+
+    def noting(*tensors: Any, **options: Any) -> Any:
+        asked.append(options["deterministic"])
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr(layer, "attention", noting)
+    model = CogVideo(CONFIG, BOTH, deterministic=deterministic)
+    model(*batch(CONFIG, 5), "sequential")
+    assert asked == 2 * CONFIG.num_layers * [deterministic]
