@@ -1,4 +1,4 @@
-"""Products with frozen e4m3 weights against bf16 ones on one GPU: correctness first, then the same rows in the same run.
+"""Products with frozen e4m3 weights against bf16 ones on a GPU: correctness first, then the same rows in one run.
 
     python launch/benchmark.py fp8 [--json FILE] [--check]
 
