@@ -193,7 +193,7 @@ def open_export(path: Path, verify: bool = False) -> Export:
         steps = {stage: int(count) for stage, count in manifest.get("steps", {}).items()}
         if not inside.keys() >= {"config.yaml", *tensors.values()}:
             raise ValueError("it does not list every file")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{manifest_path} is damaged ({error!r}); export the run again") from error
     for name, record in files.items():
         _check_file(path / name, record, verify)

@@ -125,7 +125,7 @@ def _json_object(line: str) -> dict[str, Any]:
 
     try:
         fields = json.loads(line, object_pairs_hook=unique)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"starts with {{ but is not a JSON object: {error}") from error
     assert isinstance(fields, dict)
     return fields

@@ -42,7 +42,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again, or give --config instead") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is no JSON object; copy it again, or give --config instead")

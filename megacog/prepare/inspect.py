@@ -215,7 +215,7 @@ def parsed_settings(settings: str) -> Any:
     """Returns the settings of a shard's preparation as values, or as they are if they are no JSON."""
     try:
         return json.loads(settings)
-    except ValueError:
+    except (ValueError, RecursionError):
         return settings
 
 

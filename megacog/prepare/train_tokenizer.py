@@ -176,6 +176,7 @@ def train_frames(settings: argparse.Namespace) -> int:
 
 def show(settings: argparse.Namespace) -> int:
     """Prints a text or frame tokenizer's description and report as JSON, after checking its files."""
+    from megacog.tokenizers.description import read_description
     from megacog.tokenizers.frames import load_frame_tokenizer
     from megacog.tokenizers.text import TextTokenizer
 
@@ -191,7 +192,7 @@ def show(settings: argparse.Namespace) -> int:
         raise DataError(f"{folder}: neither a text tokenizer (text.json) nor a frame tokenizer (tokenizer.json)")
     report = folder / "report.json"
     if report.is_file():
-        described["report"] = json.loads(report.read_text(encoding="utf-8"))
+        described["report"] = read_description(report, "text" if (folder / "text.json").is_file() else "frame")
     print(json.dumps(described, indent=1, ensure_ascii=False))
     return 0
 

@@ -231,7 +231,7 @@ def require_place(path: Path, kind: FolderKind, force: bool) -> None:
 def _is_of_kind(path: Path, kind: FolderKind) -> bool:
     try:
         found = json.loads((path / kind.file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("format") == kind.format
 

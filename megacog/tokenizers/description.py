@@ -23,7 +23,7 @@ def read_description(path: Path, kind: str) -> dict[str, Any]:
             f"{path}: {error.strerror}; is {path.parent} a {kind} tokenizer folder "
             f"(launch/train_tokenizer.py {command})?"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); the file is damaged") from error
     if not isinstance(stored, dict):
         raise DataError(f"{path}: not a JSON object; the file is damaged")
