@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from command_line import Command, TrainingArguments, assert_tells, files, nothing_changes, prepare_arguments
+from command_line import Command, TrainingArguments, assert_tells, files, nothing_changes
 from hostile_payloads import liars, pickles, yaml_texts
 from sat_files import sat_model, write_config, write_sat
 from small_icetk import write_text_model
@@ -224,8 +224,9 @@ def test_no_shard_reaches_for_other_files(
 
 PROMPTS = [
     "$(touch canary)", "`touch canary`", "; touch canary #", "| tee canary", "&& touch canary", "> canary",
-    "'; touch canary '", '"; touch canary "', "../../../canary", "/etc/passwd", "..", ".", "-rf *", "--out=/tmp", "%s%n%x", "{0.__class__}",
-    "<script>", "CON", "a" * 3000, "\u202etxt.exe", "\U0001f600" * 3, "\u0300" * 50, "e\u0301", "\ufeff", "two\u2028lines",
+    "'; touch canary '", '"; touch canary "', "../../../canary", "/etc/passwd", "..", ".", "-rf *", "--out=/tmp",
+    "%s%n%x", "{0.__class__}", "<script>", "CON", "a" * 3000, "\u202etxt.exe", "\U0001f600" * 3, "\u0300" * 50,
+    "e\u0301", "\ufeff", "two\u2028lines",
     "tab\tinside", "bell \a", "escape \x1b[2J", "null \0", '{"text": "a", "image": "/dev/zero"}',
     '{"text": "a", "image": "pipe"}', '{"text": "a", "image": "secret"}', '{"text": "a", "video": "list.mp4"}',
     '{"text": "a", "video": "http://127.0.0.1:9/a.mp4"}', '{"text": "a", "image": "a\\u0000b"}', '{"text": "\\ud800"}',
@@ -245,7 +246,8 @@ def test_no_prompt_reaches_a_shell_or_another_folder(
     prompts = tmp_path / "$(touch canary).txt"
     prompts.write_text("\n".join(PROMPTS))
     before = files(tmp_path)
-    outcome = command("infer", prompts, "--model", world / "made/export", "--out", tmp_path / "out", "levels=0", "--scale", 8)
+    options = ("--model", world / "made/export", "--out", tmp_path / "out", "levels=0", "--scale", 8)
+    outcome = command("infer", prompts, *options)
     assert outcome.code == 1  # some could not be used, and are told
     assert "Traceback" not in outcome.err and "the secret" not in outcome.err + outcome.out
     after = files(tmp_path)
