@@ -11,7 +11,8 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from megacog.config.cluster import ClusterConfig
@@ -220,6 +221,28 @@ def _from_openmpi(environ: MutableMapping[str, str]) -> Ranks:
     name = environ.get("PMIX_NAMESPACE", f"parent {os.getppid()}")
     meeting = _meet(environ, address, why, _port_for(name), name)
     return Ranks(rank, world_size, local_rank, local_world_size, "openmpi", meeting)
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Context in which ranks meet (`init_process_group`): what goes wrong there is told with the place.
+
+    Raises:
+        EnvError: the port is in use, or the other ranks do not come.
+    """
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in reason:
+            raise EnvError(
+                f"{place} is in use: another run on this host has the port. Wait for its end, or export another "
+                "MASTER_PORT on all ranks."
+            ) from error
+        raise EnvError(f"the ranks did not meet at {place}: {reason}") from error
 
 
 def _check_range(ranks: Ranks) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -316,7 +317,9 @@ def test_patterns_expand_in_order_and_miss_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_byte_is_covered_by_a_checksum_or_is_padding(tmp_path: Path) -> None:
+def test_every_byte_is_covered_by_a_checksum_or_is_padding(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Flips every byte of a small shard, one at a time."""
     path = write_shard(tmp_path / "a.h5", clips=1, tokens=True)
     data = path.read_bytes()
@@ -341,4 +344,7 @@ def test_every_byte_is_covered_by_a_checksum_or_is_padding(tmp_path: Path) -> No
                 assert content(shard) == original, f"byte {position} changed the content unnoticed"
         except DataError:
             detected += 1
+    record_property("bytes flipped", len(data))
+    record_property("detected", detected)
+    record_property("in padding, content unchanged", len(data) - detected)
     assert detected > len(data) // 2

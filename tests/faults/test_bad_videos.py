@@ -1,11 +1,13 @@
-"""A corpus of clips that cannot be used, or that want more than to be decoded: each is listed, the others are made."""
+"""Clips that cannot be used, or want more than to be decoded, in folders and in tars: listed, and the others made."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import socket
+import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -142,3 +144,73 @@ def test_what_cannot_be_used_is_listed_and_the_rest_is_made(
     for (name, _, expected), (_, reason) in zip(bad, listed[:-2], strict=True):
         assert re.search(expected, reason), (name, reason)
     figure(f"videos and captions: {len(good)} usable made, {len(listed)} of {len(bad) + 2} others listed with reasons")
+
+
+def pack(path: Path, members: Iterable[tuple[str, bytes, bytes, str]]) -> Path:
+    """Write a tar of (name, type, content, target of a link)."""
+    with tarfile.open(path, "w") as tar:
+        for name, kind, content, target in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.size, info.linkname = kind, len(content), target
+            info.mode, info.uid = 0o6777, 0  # setuid, if somebody unpacked it
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def hostile_members(video: bytes, outside: Path, port: int) -> list[tuple[str, bytes, bytes, str, str]]:
+    """(name, type, content, target of a link, part of the reason) of members that give no clip."""
+    file, caption = tarfile.REGTYPE, b"a caption"
+    names = ["../canary.mp4", "a/../../canary.mp4", "/etc/cron.d/canary.mp4", str(outside)]
+    links = [(tarfile.SYMTYPE, "a symbolic link"), (tarfile.LNKTYPE, "a hard link")]
+    videos = {
+        "list": f"#EXTM3U\n#EXTINF:1,\n{outside}\nhttp://127.0.0.1:{port}/a.ts\n".encode(),
+        "concat": f"ffconcat version 1.0\nfile {outside}\n".encode(),
+        "cut": video[: len(video) // 2],
+        "empty": b"",
+    }
+    return [
+        *((name, file, video, "", "leads out of the tar") for name in names),
+        *((f"link{at}.mp4", kind, b"", str(outside), what) for at, (kind, what) in enumerate(links)),
+        ("link.txt", tarfile.SYMTYPE, b"", str(outside), "a symbolic link"),
+        ("device.mp4", tarfile.CHRTYPE, b"", "", "a character device"), ("pipe.mp4", tarfile.FIFOTYPE, b"", "", "pipe"),
+        ("bell\a.mp4", file, video, "", r"control character U\+0007"), ("alone.mp4", file, video, "", "no caption"),
+        ("alone.txt2.txt", file, caption, "", ""), ("lonely.txt", file, caption, "", "a caption without a video"),
+        *((f"{name}.mp4", file, content, "", "not an mp4|truncated|empty") for name, content in videos.items()),
+        *((f"{name}.txt", file, caption, "", "") for name in videos),
+        ("deep.mp4", file, video, "", "not JSON"), ("deep.json", file, b"[" * 100_000, "", ""),
+        ("long.mp4", file, video, "", "more than"), ("long.txt", file, b"x" * 90_000, "", ""),
+        ("plain.mp4", file, b"another", "", "again; the first is used"),
+    ]  # fmt: skip
+
+
+def test_a_tar_is_never_unpacked_and_its_bad_members_are_listed(
+    command: Command, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outside = write_video(tmp_path / "outside.mp4", ramp(12), 8)
+    video = write_video(tmp_path / "video.mp4", ramp(12, start=50), 8).read_bytes()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        bad = hostile_members(video, outside, server.getsockname()[1])
+        stems = ["plain", SHELL, "-rf", "deep/er"]
+        parts = {"mp4": video, "txt": b"good"}
+        members = [(f"{stem}.{part}", tarfile.REGTYPE, parts[part], "") for stem in stems for part in parts]
+        members += [member[:4] for member in bad]
+        (tmp_path / "tars").mkdir()
+        tar = pack(tmp_path / "tars/a.tar", members)
+        before = files(tmp_path)
+        outcome = command("prepare", *prepare_arguments(world, tar, Path("made/c"), root=tmp_path / "tars", workers=2))
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert outcome.code == 0, outcome.err
+    after = files(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert all(name.split("/")[0] == "made" for name in after.keys() - before.keys())
+    assert set(prepared(tmp_path / "made")) == {f"a.tar/{stem}.mp4" for stem in stems}
+    reasons = [json.loads(line) for line in (tmp_path / "made/failed.jsonl").read_text().splitlines()]
+    expected = {name: reason for name, _, _, _, reason in bad if reason}
+    assert len(reasons) == len(expected)
+    for name, reason in expected.items():
+        spelled = f"a.tar/{name}"
+        assert any(each["video"] == spelled and re.search(reason, each["reason"]) for each in reasons), (name, reasons)
+    figure(f"members of a hostile tar: {len(stems)} clips made, {len(reasons)} of {len(expected)} others listed")

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from command_line import Command, TrainingArguments, assert_tells, files, nothing_changes
+from command_line import Command, TrainingArguments, assert_tells, files, nothing_changes, prepare_arguments
 from hostile_payloads import liars, pickles, yaml_texts
 from sat_files import sat_model, write_config, write_sat
 from small_icetk import write_text_model
@@ -138,9 +138,15 @@ def test_no_file_that_stands_for_a_shard_records_or_clusters_runs_or_bursts(
         refused("foreign", "prepare", "inspect", foreign)
         refused("foreign", "infer", *infer, "levels=0", "sampler=clusters", f"clusters={foreign}")
         refused("", "prepare", "records", foreign, "--out", tmp_path / "made/r", *tokenizers)
-        refused("foreign", "train_tokenizer", "text", foreign, "--out", tmp_path / "made")
-        count += 6
-    figure(f"hostile files for shards, records, clusters, captions: refused {count} of {count}")
+        tar = foreign.rename(tmp_path / "foreign.tar")
+        refused("foreign", "prepare", *prepare_arguments(world, tar, tmp_path / "made/c", root=tmp_path))
+        for name in ("foreign.csv", "foreign.jsonl"):
+            table = tar.rename(tmp_path / name)
+            refused("foreign", "train_tokenizer", "text", table, "--out", tmp_path / "made")
+            table.rename(tar)
+        tar.rename(foreign)
+        count += 8
+    figure(f"hostile files for shards, records, clusters, captions, tars: refused {count} of {count}")
 
 
 # ---- YAML ------------------------------------------------------------------------------------------------------------
