@@ -47,6 +47,11 @@ class SliceRecord:
     sha256: str
     failures: list[Failure]
 
+    @staticmethod
+    def of(stored: Mapping[str, Any]) -> SliceRecord:
+        """Returns the record that `dataclasses.asdict` has turned into JSON."""
+        return SliceRecord(**{**stored, "failures": [Failure(**failure) for failure in stored["failures"]]})
+
 
 @dataclass(frozen=True)
 class Part:
@@ -130,6 +135,18 @@ class PartialOutput:
             )
         _write_json(path, settings)
 
+    def require_shared(self) -> None:
+        """Checks that this process sees what rank 0 has begun.
+
+        Raises:
+            EnvError: it does not.
+        """
+        if not (self.folder / "settings.json").is_file():
+            raise EnvError(
+                f"there is no {self.folder / 'settings.json'} here, which rank 0 has just written. All ranks write "
+                "into one folder: give --out on a file system that all nodes share."
+            )
+
     def _clean(self) -> None:
         """Removes what a killed writer left."""
         for path in self.folder.glob(".*.tmp-*"):
@@ -144,8 +161,7 @@ class PartialOutput:
         stored = _read_json(self._record_path(part, index))
         if stored is None:
             return None
-        failures = [Failure(**failure) for failure in stored.pop("failures")]
-        record = SliceRecord(**stored, failures=failures)
+        record = SliceRecord.of(stored)
         final = _read_json(self.folder / "final.json") or {}
         places = [self.slice_path(part, index)]
         if (name := final.get(places[0].name)) is not None:
