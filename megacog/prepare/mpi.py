@@ -106,18 +106,20 @@ class MpiJob:
         return max(1, len(mine[1]) // self._gathered(mine).count(mine))
 
     def require_agreement(self, values: Mapping[str, Any]) -> None:
-        """Compares what the shards' bytes depend on with rank 0's values. All ranks must call it.
+        """Compares what the shards' bytes depend on over all ranks, which must all call it.
 
         Raises:
-            EnvError: this rank would make other shards.
+            EnvError: on rank 0, when another one would make other shards.
         """
-        mine = json.loads(json.dumps(values))
-        first = self._gathered(mine)[0]
-        if differences := [f"{key}: {first[key]} there, {mine[key]} here" for key in mine if first[key] != mine[key]]:
-            raise EnvError(
-                f"it would make other shards than rank 0 ({'; '.join(differences)}). Give all ranks the same "
-                "environment, files and command line."
-            )
+        (_, first), *others = self._gathered([self.name, values])
+        for name, theirs in others if self.rank == 0 else ():
+            keys = [key for key in first if first[key] != theirs[key]]
+            if keys:
+                differences = "; ".join(f"{key}: {first[key]} here, {theirs[key]} there" for key in keys)
+                raise EnvError(
+                    f"{name} would make other shards ({differences}). Give all ranks the same environment, files and "
+                    "command line."
+                )
 
     def _gathered(self, value: Any) -> list[Any]:
         """Returns the values of all ranks, in their order."""
