@@ -2,7 +2,7 @@
 
 `<stem>.partial/` holds `settings.json`, a lock, and for every finished slice of the caption file a
 shard and a record. When all slices are finished the shards get their final numbered names and the
-records become the manifest `<stem>.json`. Every step is a rename, and can be repeated.
+records become the manifest `<stem>.json`: with it all is finished. Every step is a rename, and can be repeated.
 """
 
 from __future__ import annotations
@@ -211,8 +211,12 @@ class PartialOutput:
                 os.replace(self.folder / name, self.stem.parent / final)
         sync_directory(self.stem.parent)
         _write_json(self.manifest_path, manifest)
-        shutil.rmtree(self.folder)
+        self.remove()
         return manifest
+
+    def remove(self) -> None:
+        """Removes the folder; of a finished preparation, whose manifest is there, nothing in it is needed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _finished(self, part: Part, index: int) -> SliceRecord:
         record = self.record(part, index)
@@ -247,8 +251,9 @@ def produce(
     stems = [part.stem for part in parts]
     output = PartialOutput(stem)
     manifest = None if overwrite else output.manifest()
-    if manifest is not None and not output.folder.is_dir():
+    if manifest is not None:
         refuse_changes(stem, manifest["settings"], settings)
+        output.remove()
         return manifest, True
     if overwrite:
         with output.locked():
