@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -102,28 +102,8 @@ class MpiJob:
 
         All ranks must call it.
         """
-        mine = [self.host, sorted(os.sched_getaffinity(0))]
-        return max(1, len(mine[1]) // self._gathered(mine).count(mine))
-
-    def require_agreement(self, values: Mapping[str, Any]) -> None:
-        """Compares what the shards' bytes depend on over all ranks, which must all call it.
-
-        Raises:
-            EnvError: on rank 0, when another one would make other shards.
-        """
-        (_, first), *others = self._gathered([self.name, values])
-        for name, theirs in others if self.rank == 0 else ():
-            keys = [key for key in first if first[key] != theirs[key]]
-            if keys:
-                differences = "; ".join(f"{key}: {first[key]} here, {theirs[key]} there" for key in keys)
-                raise EnvError(
-                    f"{name} would make other shards ({differences}). Give all ranks the same environment, files and "
-                    "command line."
-                )
-
-    def _gathered(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks, in their order."""
-        return [json.loads(text) for text in self._world.allgather(json.dumps(value))]
+        mine = json.dumps([self.host, sorted(os.sched_getaffinity(0))])
+        return max(1, len(os.sched_getaffinity(0)) // self._world.allgather(mine).count(mine))
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:

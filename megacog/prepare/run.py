@@ -36,22 +36,23 @@ def run(options: argparse.Namespace, job: MpiJob | None = None) -> Summary | Non
     root = source_root(options.captions, options.root)
     cores = available_cores() if job is None else job.cores()
     settings = _settings(options, root, cores)
-    tokenizer = load_frame_tokenizer(options.tokenizer, usable_device(_device(options.device, job)))
     if job is not None:
         log.setup(job.rank)
         torch.set_num_threads(min(torch.get_num_threads(), cores))
-        job.require_agreement(what_shards_depend_on(tokenizer, settings))
-        if job.rank != 0:
-            assist(RemoteWork(job), tokenizer, settings)
-            return None
         logger.info("%d ranks (%s) share the work; %d decoders on rank 0", job.size, job.ranks.source, settings.workers)
+        if job.rank != 0:
+            tokenizer = load_frame_tokenizer(options.tokenizer, usable_device(_device(options.device, job)))
+            assist(RemoteWork(job, job.name, what_shards_depend_on(tokenizer, settings)), tokenizer, settings)
+            return None
     source = read_clips(
         options.captions, root, options.video_column, options.caption_column, options.allow_absolute
     )
     if not options.json:
         _show_source(source, root)
+    tokenizer = load_frame_tokenizer(options.tokenizer, usable_device(_device(options.device, job)))
+    desk = None if job is None else Desk(job, job.abort, what_shards_depend_on(tokenizer, settings))
     try:
-        return prepare(source, tokenizer, settings, desk=None if job is None else Desk(job, job.abort))
+        return prepare(source, tokenizer, settings, desk=desk)
     except KeyboardInterrupt:
         logger.warning("stopped; finished shards are kept, the same command continues")
         raise

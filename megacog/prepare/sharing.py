@@ -8,6 +8,7 @@ while it codes, and makes slices like the others.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from megacog.errors import EnvError
 from megacog.prepare.meter import Meter
 from megacog.prepare.sources import Row
 from megacog.prepare.state import Part, SliceRecord
@@ -126,12 +128,13 @@ class Desk:
     job is to be aborted.
     """
 
-    def __init__(self, channel: Channel, alarm: Callable[[BaseException], object]) -> None:
+    def __init__(self, channel: Channel, alarm: Callable[[BaseException], object], depends: Message) -> None:
         """Args:
         channel: to the other ranks.
         alarm: is called with an error of the answering thread; it must end the job.
+        depends: what the shards' bytes depend on here; it must be the same on all ranks.
         """
-        self._channel, self._alarm = channel, alarm
+        self._channel, self._alarm, self._depends = channel, alarm, _plain(depends)
         self._work: LocalWork | None = None
         self._slices: Mapping[int, Slice] = {}
         self._done = self._broken = False
@@ -184,6 +187,8 @@ class Desk:
             self._channel.send(rank, {"done": True})
 
     def _note(self, message: Message) -> None:
+        if "hello" in message:
+            self._require_agreement(*message["hello"])
         if self._work is None:
             return
         if "counts" in message:
@@ -192,11 +197,30 @@ class Desk:
             self._work.finish(self._slices[message["finished"]], SliceRecord.of(message["record"]))
 
 
+    def _require_agreement(self, name: str, depends: Message) -> None:
+        """Raises:
+        EnvError: the other rank would make other shards.
+        """
+        keys = [key for key in self._depends if self._depends[key] != depends[key]]
+        if keys:
+            differences = "; ".join(f"{key}: {self._depends[key]} here, {depends[key]} there" for key in keys)
+            raise EnvError(
+                f"{name} would make other shards ({differences}). Give all ranks the same environment, files and "
+                "command line."
+            )
+
+
 class RemoteWork:
     """The same work as seen by the other ranks."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, name: str, depends: Message) -> None:
+        """Args:
+        channel: to rank 0.
+        name: what to call this rank in messages.
+        depends: see `Desk`.
+        """
         self._channel = channel
+        channel.send(0, {"hello": [name, _plain(depends)]})
         self._counts = [0, 0, 0]
         self._last = time.monotonic()
 
@@ -233,3 +257,8 @@ class RemoteWork:
             for _, message in self._channel.arrived():
                 return message
             time.sleep(_POLL_SECONDS)
+
+
+def _plain(values: Message) -> Message:
+    """Returns values as they are after a journey as JSON."""
+    return json.loads(json.dumps(values))

@@ -25,6 +25,7 @@ from megacog.prepare.sources import Failure, Row, read_source
 from megacog.prepare.state import Part, SliceRecord
 from megacog.tokenizers.frames import load_frame_tokenizer
 
+SHARDS = {"grid": (4, 4), "decoder": "PyAV 18"}
 RECORD = SliceRecord(1, 2, 0.25, 3, "abc", [Failure(7, "b\udcff.mp4", "gone")])
 
 
@@ -77,14 +78,14 @@ def run_ranks(slices: list[Slice], seconds: list[float]) -> tuple[list[list[int]
     kept: list[tuple[Slice, Any]] = []
 
     def helper(rank: int) -> None:
-        work = RemoteWork(post.channel(rank))
+        work = RemoteWork(post.channel(rank), "rank rank", SHARDS)
         made[rank] = make_all(work, seconds[rank])
         work.leave()
 
     threads = [threading.Thread(target=helper, args=(rank,)) for rank in range(1, len(seconds))]
     for thread in threads:
         thread.start()
-    with Desk(post.channel(0), pytest.fail) as desk:
+    with Desk(post.channel(0), pytest.fail, SHARDS) as desk:
         work = LocalWork(slices, meter, lambda piece, record: kept.append((piece, record)))
         desk.open(work, slices)
         made[0] = make_all(work, seconds[0])
@@ -126,14 +127,14 @@ def test_helpers_leave_only_when_rank_0_is_done_even_if_there_was_nothing_to_do(
     left = threading.Event()
 
     def helper() -> None:
-        work = RemoteWork(post.channel(1))
+        work = RemoteWork(post.channel(1), "rank 1", SHARDS)
         assert work.take() is None
         work.leave()
         left.set()
 
     thread = threading.Thread(target=helper)
     thread.start()
-    with Desk(post.channel(0), pytest.fail):
+    with Desk(post.channel(0), pytest.fail, SHARDS):
         assert not left.wait(0.2)
     assert left.wait(5)
 
@@ -141,9 +142,9 @@ def test_helpers_leave_only_when_rank_0_is_done_even_if_there_was_nothing_to_do(
 def test_progress_of_other_ranks_arrives_before_their_slices_are_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "_COUNT_SECONDS", 0.0)
     post, meter, slices = Post(2), Meter(10), some_slices(1)
-    with Desk(post.channel(0), pytest.fail) as desk:
+    with Desk(post.channel(0), pytest.fail, SHARDS) as desk:
         desk.open(LocalWork(slices, meter, lambda *_: None), slices)
-        work = RemoteWork(post.channel(1))
+        work = RemoteWork(post.channel(1), "rank 1", SHARDS)
         piece = work.take()
         assert piece == slices[0], "nothing is lost on the way, surrogates included"
         work.count(3, 1, 40)
@@ -164,18 +165,26 @@ def test_an_error_while_keeping_a_slice_of_another_rank_raises_the_alarm() -> No
     def full(*_: object) -> None:
         raise EnvError("disk full")
 
-    desk = Desk(post.channel(0), errors.put)
+    desk = Desk(post.channel(0), errors.put, SHARDS)
     with pytest.raises(EnvError), desk:
         desk.open(LocalWork(slices, Meter(1), full), slices)
-        work = RemoteWork(post.channel(1))
+        work = RemoteWork(post.channel(1), "rank 1", SHARDS)
         piece = work.take()
         assert piece is not None
         work.finish(piece, RECORD)
         raise errors.get(timeout=5)
 
 
+def test_a_rank_that_would_make_other_shards_raises_the_alarm() -> None:
+    post, errors = Post(2), queue.Queue()
+    with pytest.raises(EnvError, match="rank 1 would make other shards .decoder: PyAV 18 here, PyAV 17 there"):
+        with Desk(post.channel(0), errors.put, SHARDS):
+            RemoteWork(post.channel(1), "rank 1", {"grid": [4, 4], "decoder": "PyAV 17"})
+            raise errors.get(timeout=5)
+
+
 def test_an_error_of_rank_0_does_not_wait_for_the_others() -> None:
-    with pytest.raises(EnvError, match="disk full"), Desk(Post(3).channel(0), pytest.fail):
+    with pytest.raises(EnvError, match="disk full"), Desk(Post(3).channel(0), pytest.fail, SHARDS):
         raise EnvError("disk full")
 
 
@@ -185,12 +194,12 @@ def prepared(root: Path, out: Path, ranks: int) -> dict[str, bytes]:
     tokenizer, source, post = load_frame_tokenizer(root / "tokenizer"), read_source(root / "c.csv"), Post(ranks)
 
     def helper(rank: int) -> None:
-        assist(RemoteWork(post.channel(rank)), tokenizer, settings, misbehave)
+        assist(RemoteWork(post.channel(rank), "rank rank", SHARDS), tokenizer, settings, misbehave)
 
     threads = [threading.Thread(target=helper, args=(rank,)) for rank in range(1, ranks)]
     for thread in threads:
         thread.start()
-    desk = Desk(post.channel(0), pytest.fail) if ranks > 1 else None
+    desk = Desk(post.channel(0), pytest.fail, SHARDS) if ranks > 1 else None
     summary = prepare(source, tokenizer, settings, misbehave, desk)
     for thread in threads:
         thread.join(30)
@@ -215,6 +224,7 @@ def test_a_rank_that_sees_another_folder_than_rank_0_is_an_error(tmp_path: Path)
     settings = PrepareSettings(tmp_path / "elsewhere/clips", DecodeSettings(8.0, 16, 16, str(tmp_path)))
     post, slices = Post(2), some_slices(1)
     with pytest.raises(EnvError, match="rank 0 has just written.*a file system that all nodes share"):
-        with Desk(post.channel(0), pytest.fail) as desk:
+        with Desk(post.channel(0), pytest.fail, SHARDS) as desk:
             desk.open(LocalWork(slices, Meter(1), lambda *_: None), slices)
-            assist(RemoteWork(post.channel(1)), load_frame_tokenizer(tmp_path / "tokenizer"), settings, misbehave)
+            work = RemoteWork(post.channel(1), "rank 1", SHARDS)
+            assist(work, load_frame_tokenizer(tmp_path / "tokenizer"), settings, misbehave)
