@@ -39,7 +39,8 @@ def run(options: argparse.Namespace, job: MpiJob | None = None) -> Summary | Non
     if job is not None:
         log.setup(job.rank)
         torch.set_num_threads(min(torch.get_num_threads(), cores))
-        logger.info("%d ranks (%s) share the work; decoders on rank 0: %d", job.size, job.ranks.source, settings.workers)
+        started = f"{job.size} ranks ({job.ranks.source})"
+        logger.info("%s share the work; decoders on rank 0: %d", started, settings.workers)
         if job.rank != 0:
             tokenizer = load_frame_tokenizer(options.tokenizer, usable_device(_device(options.device, job)))
             assist(RemoteWork(job, job.name, what_shards_depend_on(tokenizer, settings)), tokenizer, settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -38,12 +37,6 @@ def test_one_process_joins_nothing_and_needs_no_mpi4py(launched: pytest.MonkeyPa
         launched.setenv(f"OMPI_COMM_WORLD_{name}", "1")
     launched.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "0")
     assert join() is None
-
-
-def test_preparing_by_one_process_imports_no_mpi4py() -> None:
-    code = "import sys, megacog.prepare.run, megacog.prepare.mpi; print('mpi4py' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(("environment", "source"), [(SLURM_TASK, "slurm"), (MPI_RANK, "openmpi")])
