@@ -15,6 +15,7 @@ BENCHMARKS = {
     "cross_entropy": ROOT / "kernels/benchmarks/cross_entropy.py",
     "train": ROOT / "megacog/training/benchmark.py",
     "checkpoint": ROOT / "megacog/training/save_benchmark.py",
+    "prepare": ROOT / "megacog/prepare/benchmark.py",
     "import": ROOT / "megacog/interop/benchmark.py",
     "generate": ROOT / "megacog/generation/benchmark.py",
 }
@@ -25,7 +26,9 @@ def main() -> None:
         print(f"usage: python launch/benchmark.py {{{','.join(BENCHMARKS)}}} [--help]", file=sys.stderr)
         sys.exit(0 if "--help" in sys.argv[1:] or "-h" in sys.argv[1:] else 2)
     script = BENCHMARKS[sys.argv.pop(1)]
-    sys.path[:0] = [str(script.parent), str(ROOT), str(ROOT / "kernels")]
+    # Not the rooms of megacog: some of their modules have names of Python's own.
+    beside = [] if script.is_relative_to(ROOT / "megacog") else [str(script.parent)]
+    sys.path[:0] = [*beside, str(ROOT), str(ROOT / "kernels")]
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -5,6 +5,8 @@
 #export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-ib0}" # where NCCL's ranks find each other
 #export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-ib0}" # the same for gloo
 #export NCCL_IB_HCA="${NCCL_IB_HCA:-mlx5}"              # which adapters carry the data
+#export OMPI_MCA_btl_tcp_if_include="${OMPI_MCA_btl_tcp_if_include:-ib0}" # the same for mpirun's ranks (prepare.sbatch)
+#export PRTE_MCA_prte_if_include="${PRTE_MCA_prte_if_include:-ib0}"       # and for its helper on every node
 
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"

@@ -49,6 +49,10 @@ last_job() { # nothing is left to do for the rest of a chain
     [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
 }
 
+place() { # how far the job has come
+    cat "$run_dir/checkpoints/latest" 2>/dev/null || echo "no checkpoint"
+}
+
 # finish CODE: ends the job with the exit code of its program, after having arranged what follows from it.
 finish() {
     local newest faults="$logs/$job.faults"
@@ -57,7 +61,7 @@ finish() {
         85) next_job "saved and stopped" ;;
         2 | 75) say "wrong configuration or command line (exit code $1): not started again"; last_job ;;
         *)
-            newest="$(cat "$run_dir/checkpoints/latest" 2>/dev/null || echo "no checkpoint")"
+            newest="$(place)"
             echo "$newest" >>"$faults"
             if [ "$(tail -n 3 "$faults" | grep -cFx -- "$newest")" = 3 ]; then
                 say "failed (exit code $1) three times in a row at the same place ($newest): given up"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +17,6 @@ from megacog.errors import ConfigError
 
 if TYPE_CHECKING:
     from megacog.prepare.pipeline import Summary
-    from megacog.prepare.sources import Source
-
-_ROWS_SHOWN = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _RUN = """Decode, resample, crop and code the videos of a caption file, or of webdataset tars, into HDF5 shards. A
 stopped run continues when the same command is given again. Rows without a clip are listed in failed.jsonl beside
-the shards, with reasons."""
+the shards, with reasons. Under mpirun the ranks share the work; the result is the same."""
 _RECORDS = """Turn flat int32 records of the original's data tool (64 text ids, then 5 frames of 20 x 20 codes) into
 HDF5 shards with token ids. Nothing is coded again. A stopped run continues when the same command is given again."""
 _MERGE = """Make one set of shards of several, or other shards of one: the same clips bit for bit, in the same order.
@@ -113,8 +109,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add(
         "--workers",
         type=_count,
-        default=len(os.sched_getaffinity(0)),
-        help="decoders (default: number of cores)",
+        help="decoders of this rank (default: number of cores; ranks of one machine share them)",
     )
     add(
         "--clips-per-shard",
@@ -216,49 +211,18 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from megacog.prepare.decode import DecodeSettings
-    from megacog.prepare.inputs import read_clips, source_root
-    from megacog.prepare.pipeline import PrepareSettings, prepare
-    from megacog.prepare.workers import WorkerLimits
-    from megacog.runtime.log import get_logger
+    from megacog.prepare.mpi import join
+    from megacog.prepare.run import run
 
     _require_stem(options.out)
-    root = source_root(options.captions, options.root)
-    source = read_clips(
-        options.captions, root, options.video_column, options.caption_column, options.allow_absolute
-    )
-    if not options.json:
-        _show_source(source, root)
-    height, width = options.size
-    settings = PrepareSettings(
-        out=options.out,
-        decode=DecodeSettings(
-            fps=options.fps,
-            height=height,
-            width=width,
-            root=str(root),
-            allow_absolute=options.allow_absolute,
-            folder_fps=options.folder_fps,
-            max_frames=options.max_frames,
-            max_pixels=options.max_pixels,
-        ),
-        limits=WorkerLimits(options.timeout, int(options.memory_gib * 2**30)),
-        workers=options.workers,
-        clips_per_shard=options.clips_per_shard,
-        eval_fraction=options.eval_fraction,
-        batch=options.batch,
-        overwrite=options.overwrite,
-    )
-    from megacog.runtime.hardware import usable_device
-    from megacog.tokenizers.frames import load_frame_tokenizer
-
-    tokenizer = load_frame_tokenizer(options.tokenizer, usable_device(options.device))
-    try:
-        summary = prepare(source, tokenizer, settings)
-    except KeyboardInterrupt:
-        get_logger(__name__).warning("stopped; finished shards are kept, the same command continues")
-        raise
-    _show_summary(summary, options.json)
+    job = join()
+    if job is None:
+        summary = run(options)
+    else:
+        with job.all_or_none():
+            summary = run(options, job)
+    if summary is not None:
+        _show_summary(summary, options.json)
     return 0
 
 
@@ -288,16 +252,6 @@ def _merge(options: argparse.Namespace) -> int:
 def _require_stem(out: Path) -> None:
     if not out.name or out.name in (".", ".."):
         raise ConfigError(f"--out {out} names no stem; give a folder and a name, e.g. data/clips")
-
-
-def _show_source(source: Source, root: Path) -> None:
-    print(
-        f"{source.path}: {len(source.rows)} rows, {len(source.failures)} bad ones; video = column "
-        f"{source.video_column!r}, caption = column {source.caption_column!r}"
-    )
-    for row in source.rows[:_ROWS_SHOWN]:
-        state = "found" if row.place or (root / row.clip_id).exists() else "MISSING"
-        print(f"  line {row.line}: {root / row.clip_id} ({state}) {row.caption[:60]!r}")
 
 
 def _show_summary(summary: Summary, as_json: bool) -> None:

@@ -41,14 +41,16 @@ class Meter:
 
     def count(self, frames: int) -> None:
         """Counts one clip with this many frames; 0 = it failed."""
-        if frames:
-            self.ok += 1
-            self.frames += frames
-        else:
-            self.failed += 1
+        self.add(int(frames > 0), int(frames == 0), frames)
+
+    def add(self, ok: int, failed: int, frames: int) -> None:
+        """Counts good clips, failed ones, and frames of the good ones."""
+        self.ok += ok
+        self.failed += failed
+        self.frames += frames
         if self._bar is not None:
             self._bar.set_postfix(ok=self.ok, failed=self.failed, frames=self.frames, refresh=False)
-            self._bar.update()
+            self._bar.update(ok + failed)
         elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self._write_line()
 

@@ -2,16 +2,18 @@
 
 Clips are decoded by several processes and coded here, in the order of the caption file. A shard is a
 fixed slice of that file (rows that fail leave a gap), so its bytes depend on nothing but its rows:
-not on the number of workers, nor on when a run was killed and continued.
+not on the number of workers or ranks, nor on when a run was killed and continued.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from megacog.errors import DataError
 from megacog.prepare.containers import ClipError
 from megacog.prepare.decode import DecodedClip, DecodeSettings, decode_clip, decoder_name
 from megacog.prepare.meter import Meter
+from megacog.prepare.sharing import Desk, LocalWork, RemoteWork, Slice, Work
 from megacog.prepare.sources import Failure, Row, Source, printable, split_rows
 from megacog.prepare.state import Part, PartialOutput, SliceRecord, produce, write_failures
 from megacog.prepare.workers import Decode, DecodePool, WorkerLimits
@@ -87,17 +90,12 @@ class Summary:
     earlier: bool = False
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """Consecutive rows of a part that make one shard."""
-
-    part: Part
-    index: int
-    rows: Sequence[Row]
-
-
 def prepare(
-    source: Source, tokenizer: FrameTokenizer, settings: PrepareSettings, decode: Decode = decode_clip
+    source: Source,
+    tokenizer: FrameTokenizer,
+    settings: PrepareSettings,
+    decode: Decode = decode_clip,
+    desk: Desk | None = None,
 ) -> Summary:
     """Makes the shards of a caption file, or finishes making them, and returns what was made.
 
@@ -106,6 +104,7 @@ def prepare(
         tokenizer: codes the frames.
         settings: everything else.
         decode: decodes one clip, in a process of its own.
+        desk: where other ranks ask for their share; they call `assist`.
 
     Raises:
         ConfigError: the output belongs to a run with other settings.
@@ -117,7 +116,7 @@ def prepare(
     slices, parts = _plan(source, settings)
 
     def make(output: PartialOutput) -> list[Failure]:
-        _make_slices(slices, output, tokenizer, meta, settings, decode)
+        _make_slices(slices, output, tokenizer, meta, settings, decode, desk)
         failures = _all_failures(source, slices, output)
         if len(failures) == len(source.rows) + len(source.failures):
             path = write_failures(settings.out, failures)
@@ -129,8 +128,33 @@ def prepare(
         return source.failures
 
     recorded = _recorded_settings(source, meta, settings)
-    manifest, earlier = produce(settings.out, recorded, parts, make, overwrite=settings.overwrite)
+    with desk or nullcontext():
+        manifest, earlier = produce(settings.out, recorded, parts, make, overwrite=settings.overwrite)
     return summarize(settings.out, manifest, start, earlier)
+
+
+def assist(
+    work: RemoteWork, tokenizer: FrameTokenizer, settings: PrepareSettings, decode: Decode = decode_clip
+) -> None:
+    """Makes this rank's share of the slices that `prepare` hands out on rank 0; ends when everything is done.
+
+    Args:
+        work: as seen from here.
+        tokenizer: see `prepare`, as the following; all as on rank 0.
+        settings: workers may differ.
+        decode: decodes one clip.
+
+    Raises:
+        EnvError: no decoder, or this rank sees another output folder than rank 0.
+    """
+    output = PartialOutput(settings.out)
+    _work(work, output, tokenizer, _shard_meta(tokenizer, settings.decode), settings, decode)
+    work.leave()
+
+
+def what_shards_depend_on(tokenizer: FrameTokenizer, settings: PrepareSettings) -> dict[str, Any]:
+    """Returns all that decides the bytes of a slice's shard, but for its rows."""
+    return {**asdict(_shard_meta(tokenizer, settings.decode)), **asdict(settings.decode)}
 
 
 def encode_in_batches(
@@ -202,27 +226,30 @@ def _recorded_settings(source: Source, meta: ShardMeta, settings: PrepareSetting
     }
 
 
-def _plan(source: Source, settings: PrepareSettings) -> tuple[list[_Slice], list[Part]]:
+def _plan(source: Source, settings: PrepareSettings) -> tuple[list[Slice], list[Part]]:
     """Returns the slices in the order in which they are made, and the parts that they belong to."""
-    slices, parts = [], []
+    slices: list[Slice] = []
+    parts = []
     size = settings.clips_per_shard
     for name, rows in split_rows(source.rows, settings.eval_fraction).items():
         stem = settings.out.with_name(f"{settings.out.name}-{name}") if name else settings.out
         starts = range(0, len(rows), size)
         parts.append(Part(stem, len(starts)))
-        slices += [_Slice(parts[-1], index, rows[first : first + size]) for index, first in enumerate(starts)]
+        for index, first in enumerate(starts):
+            slices.append(Slice(len(slices), parts[-1], index, rows[first : first + size]))
     return slices, parts
 
 
 def _make_slices(
-    slices: Sequence[_Slice],
+    slices: Sequence[Slice],
     output: PartialOutput,
     tokenizer: FrameTokenizer,
     meta: ShardMeta,
     settings: PrepareSettings,
     decode: Decode,
+    desk: Desk | None,
 ) -> None:
-    """Makes the slices that are not finished yet."""
+    """Makes the slices that are not finished yet, with the other ranks if there are any."""
     todo = [piece for piece in slices if output.record(piece.part, piece.index) is None]
     total = sum(len(piece.rows) for piece in slices)
     left = sum(len(piece.rows) for piece in todo)
@@ -230,39 +257,76 @@ def _make_slices(
         logger.info("%s: continuing, %d of %d rows are done", output.folder, total - left, total)
     if not todo:
         return
-    workers = min(settings.workers, left)
-    with (
-        DecodePool(workers, settings.decode, settings.limits, decode) as pool,
-        Meter(total, total - left) as meter,
-    ):
-        decoded = pool.decode(row.video for piece in todo for row in piece.rows)
-        made_bytes = made_rows = 0
-        for piece in todo:
-            record = _make_slice(piece, decoded, output, tokenizer, meta, settings.batch, meter)
-            output.finish_slice(piece.part, piece.index, record)
-            made_bytes, made_rows = made_bytes + record.num_bytes, made_rows + len(piece.rows)
-            # A full disk shows now, not hours later.
-            require_space(output.folder, made_bytes * (left - made_rows) // made_rows)
+    if desk is not None and len(todo) < desk.ranks:
+        logger.warning(
+            "%d ranks have only %d shards to make, so %d are idle; a smaller --clips-per-shard would occupy them",
+            desk.ranks, len(todo), desk.ranks - len(todo),
+        )  # fmt: skip
+    made_bytes = made_rows = 0
+
+    def keep(piece: Slice, record: SliceRecord) -> None:
+        nonlocal made_bytes, made_rows
+        output.finish_slice(piece.part, piece.index, record)
+        made_bytes, made_rows = made_bytes + record.num_bytes, made_rows + len(piece.rows)
+        # A full disk shows now, not hours later.
+        require_space(output.folder, made_bytes * (left - made_rows) // made_rows)
+
+    with Meter(total, total - left) as meter:
+        work = LocalWork(todo, meter, keep)
+        if desk is not None:
+            desk.open(work, todo)
+        settings = replace(settings, workers=min(settings.workers, left))
+        _work(work, output, tokenizer, meta, settings, decode)
+        work.wait()
+
+
+def _work(
+    work: Work,
+    output: PartialOutput,
+    tokenizer: FrameTokenizer,
+    meta: ShardMeta,
+    settings: PrepareSettings,
+    decode: Decode,
+) -> None:
+    """Takes slices and makes them until there are no more."""
+    taken: deque[Slice] = deque()
+
+    def videos(pieces: Iterable[Slice]) -> Iterator[str]:
+        for piece in pieces:
+            taken.append(piece)
+            yield from (row.video for row in piece.rows)
+
+    pieces = iter(work.take, None)
+    first = next(pieces, None)
+    if first is None:
+        return
+    output.require_shared()
+    with DecodePool(settings.workers, settings.decode, settings.limits, decode) as pool:
+        decoded = pool.decode(videos(chain([first], pieces)))
+        for result in decoded:
+            piece = taken.popleft()
+            results = chain([result], islice(decoded, len(piece.rows) - 1))
+            work.finish(piece, _make_slice(piece, results, output, tokenizer, meta, settings.batch, work))
 
 
 def _make_slice(
-    piece: _Slice,
+    piece: Slice,
     decoded: Iterator[DecodedClip | ClipError],
     output: PartialOutput,
     tokenizer: FrameTokenizer,
     meta: ShardMeta,
     batch: int,
-    meter: Meter,
+    work: Work,
 ) -> SliceRecord:
     path = output.slice_path(piece.part, piece.index)
     failures: list[Failure] = []
     good: list[tuple[Row, float]] = []
 
     def good_clips() -> Iterator[NDArray[np.uint8]]:
-        for row, result in zip(piece.rows, islice(decoded, len(piece.rows)), strict=True):
+        for row, result in zip(piece.rows, decoded, strict=True):
             if isinstance(result, ClipError):
                 failures.append(Failure(row.line, printable(row.clip_id), printable(str(result))))
-                meter.count(0)
+                work.count(0, 1, 0)
             else:
                 good.append((row, result.fps))
                 yield result.frames
@@ -273,22 +337,17 @@ def _make_slice(
     if first is None:
         return SliceRecord(0, 0, 0.0, 0, "", failures)
     with ShardWriter(path, meta) as writer:
-        for codes in _chain(first, encoded):
+        for codes in chain([first], encoded):
             row, fps = good[clips]
             writer.add(row.clip_id, row.caption, codes, fps)
-            meter.count(len(codes))
+            work.count(1, 0, len(codes))
             clips += 1
             frames += len(codes)
             seconds += len(codes) / fps
     return SliceRecord(clips, frames, seconds, path.stat().st_size, sha256_file(path), failures)
 
 
-def _chain(first: NDArray[np.int64], rest: Iterator[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
-    yield first
-    yield from rest
-
-
-def _all_failures(source: Source, slices: Sequence[_Slice], output: PartialOutput) -> list[Failure]:
+def _all_failures(source: Source, slices: Sequence[Slice], output: PartialOutput) -> list[Failure]:
     failures = list(source.failures)
     for piece in slices:
         record = output.record(piece.part, piece.index)

@@ -2,7 +2,7 @@
 
 `<stem>.partial/` holds `settings.json`, a lock, and for every finished slice of the caption file a
 shard and a record. When all slices are finished the shards get their final numbered names and the
-records become the manifest `<stem>.json`. Every step is a rename, and can be repeated.
+records become the manifest `<stem>.json`: with it all is finished. Every step is a rename, and can be repeated.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class SliceRecord:
     num_bytes: int
     sha256: str
     failures: list[Failure]
+
+    @staticmethod
+    def of(stored: Mapping[str, Any]) -> SliceRecord:
+        """Returns the record that `dataclasses.asdict` has turned into JSON."""
+        return SliceRecord(**{**stored, "failures": [Failure(**failure) for failure in stored["failures"]]})
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,18 @@ class PartialOutput:
             )
         _write_json(path, settings)
 
+    def require_shared(self) -> None:
+        """Checks that this process sees what rank 0 has begun.
+
+        Raises:
+            EnvError: it does not.
+        """
+        if not (self.folder / "settings.json").is_file():
+            raise EnvError(
+                f"there is no {self.folder / 'settings.json'} here, which rank 0 has just written. All ranks write "
+                "into one folder: give --out on a file system that all nodes share."
+            )
+
     def _clean(self) -> None:
         """Removes what a killed writer left."""
         for path in self.folder.glob(".*.tmp-*"):
@@ -144,8 +161,7 @@ class PartialOutput:
         stored = _read_json(self._record_path(part, index))
         if stored is None:
             return None
-        failures = [Failure(**failure) for failure in stored.pop("failures")]
-        record = SliceRecord(**stored, failures=failures)
+        record = SliceRecord.of(stored)
         final = _read_json(self.folder / "final.json") or {}
         places = [self.slice_path(part, index)]
         if (name := final.get(places[0].name)) is not None:
@@ -195,8 +211,12 @@ class PartialOutput:
                 os.replace(self.folder / name, self.stem.parent / final)
         sync_directory(self.stem.parent)
         _write_json(self.manifest_path, manifest)
-        shutil.rmtree(self.folder)
+        self.remove()
         return manifest
+
+    def remove(self) -> None:
+        """Removes the folder; of a finished preparation, whose manifest is there, nothing in it is needed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _finished(self, part: Part, index: int) -> SliceRecord:
         record = self.record(part, index)
@@ -231,8 +251,9 @@ def produce(
     stems = [part.stem for part in parts]
     output = PartialOutput(stem)
     manifest = None if overwrite else output.manifest()
-    if manifest is not None and not output.folder.is_dir():
+    if manifest is not None:
         refuse_changes(stem, manifest["settings"], settings)
+        output.remove()
         return manifest, True
     if overwrite:
         with output.locked():

@@ -221,7 +221,7 @@ def _serve(
     connection: Connection, parent: int, settings: DecodeSettings, memory_bytes: int, decode: Decode
 ) -> None:
     """Main function of a decoder process: paths in, pixels or reasons out, until the pipe ends."""
-    _die_with(parent)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         import av
@@ -259,8 +259,8 @@ def _reply(connection: Connection, header: dict[str, Any]) -> None:
     connection.send_bytes(json.dumps(header).encode())
 
 
-def _die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent ends, however it ends."""
+def die_with(parent: int) -> None:
+    """Asks the kernel to kill this process when its parent ends, however it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

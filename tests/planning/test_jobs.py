@@ -255,3 +255,19 @@ def test_a_job_starts_its_program_on_all_ranks(
     assert any(line in f"{other} " for other in said), said
     if "launch/pretrain.py" in called:
         assert any(" --nodes=2 --ntasks=16 --nodelist=n1,n2 --kill-on-bad-exit=1 " in other for other in said), said
+
+
+def test_a_preparation_is_done_when_its_shards_are_there_and_not_when_mpirun_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["run", "x.csv", "--overwrite", "--out", "shards/x y"]
+    script = "\n".join(shown(capsys, "cluster.gpus_per_node=0", "--kind", "prepare", "--", *words))
+    assert "scontrol requeue 7" in in_job(tmp_path, script, 1), "mpirun has lost a node, and ended with 0"
+    (tmp_path / "shards/x y.partial").mkdir(parents=True)
+    (tmp_path / "shards/x y.json").touch()
+    said = in_job(tmp_path, script, 1, SLURM_RESTART_COUNT="1")
+    assert "mpirun --bind-to none python " + f"{ROOT}/launch/prepare.py run x.csv --out shards/x y" in said
+    assert any("three times" not in line and "after 0 shards" in line for line in said)
+    (tmp_path / "shards/x y.partial").rmdir()
+    said = in_job(tmp_path, script, 0)
+    assert any("run x.csv --overwrite --out shards/x y" in line for line in said) and said[-1].endswith("done")

@@ -192,6 +192,18 @@ def test_a_run_killed_while_naming_its_shards_can_finish(
     assert _files(tmp_path) == _files(made[0])
 
 
+@pytest.mark.parametrize("left", [["settings.json", "lock"], ["clips-00001.json"], []])
+def test_a_run_killed_while_tidying_up_is_finished(corpus: Path, tmp_path: Path, left: list[str]) -> None:
+    first = _prepare(corpus, tmp_path / "clips")
+    files = _files(tmp_path)
+    (tmp_path / "clips.partial").mkdir()
+    for name in left:
+        (tmp_path / "clips.partial" / name).write_text("{}")
+    again = _prepare(corpus, tmp_path / "clips", decode=misbehave)
+    assert again.earlier and again.clips == first.clips
+    assert _files(tmp_path) == files and not (tmp_path / "clips.partial").exists()
+
+
 def test_doing_it_twice_does_nothing_and_other_settings_are_refused(corpus: Path, tmp_path: Path) -> None:
     first = _prepare(corpus, tmp_path / "clips")
     again = _prepare(corpus, tmp_path / "clips", decode=misbehave, workers=2)
