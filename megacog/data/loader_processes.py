@@ -5,14 +5,12 @@ Which process made an item, and how often it was tried, shows nowhere: an item i
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import mmap
 import os
 import signal
 import socket
 import struct
-import sys
 import time
 import traceback
 import weakref
@@ -22,13 +20,13 @@ from typing import Any
 
 from megacog.errors import EnvError
 from megacog.runtime.log import get_logger
+from megacog.runtime.processes import die_with
 
 log = get_logger(__name__)
 
 Note = Callable[[str], None]
 """Takes down what is being read, for the message if it never comes back."""
 
-_PR_SET_PDEATHSIG = 1
 _NOTE_BYTES = 4096
 _RESTART_EVERY = 1000
 """Items between two restarts of a process: it may be killed now and then in a run of weeks, but not by each sample."""
@@ -108,7 +106,9 @@ class LoaderProcesses(Iterator[Any]):
         pid = os.fork()
         if pid == 0:
             try:
-                _die_with(parent)
+                for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                    signal.signal(name, signal.SIG_IGN)  # signals are for the training process
+                die_with(parent)
                 for connection in (ours, *(worker.connection for worker in self._workers)):
                     connection.close()
                 _serve(self._make, first, step, theirs, note)
@@ -187,13 +187,3 @@ def _serve(make: Callable[[int, Note], Any], first: int, step: int, connection: 
             return
         write_note("")
         connection.send((None, item))
-
-
-def _die_with(parent: int) -> None:
-    """Leaves signals to the training process, and dies with it."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from megacog.errors import EXIT_FAULT, EnvError
 from megacog.prepare.sharing import Message
-from megacog.prepare.workers import die_with
 from megacog.runtime.cli import explain
+from megacog.runtime.processes import die_with
 from megacog.runtime.ranks import Ranks, discover
 
 _TAG = 1

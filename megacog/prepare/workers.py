@@ -7,13 +7,11 @@ out of a process that has parsed hostile videos is data.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
 import resource
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,11 +25,11 @@ import numpy as np
 from megacog.errors import EnvError
 from megacog.prepare.containers import ClipError
 from megacog.prepare.decode import DecodedClip, DecodeSettings, decode_clip
+from megacog.runtime.processes import die_with
 
 Decode = Callable[[str, DecodeSettings], DecodedClip]
 _START_SECONDS = 120.0
 _LOOKAHEAD = 4
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -257,11 +255,3 @@ def _serve(
 
 def _reply(connection: Connection, header: dict[str, Any]) -> None:
     connection.send_bytes(json.dumps(header).encode())
-
-
-def die_with(parent: int) -> None:
-    """Asks the kernel to kill this process when its parent ends, however it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
