@@ -30,7 +30,7 @@ from megacog.tokenizers.text import TextTokenizer
 EVALUATION_SEED = 20220529
 _CACHED_CAPTIONS = 1 << 16
 # Processes may usually open 1024 files.
-_OPEN_SHARDS = 256
+OPEN_SHARDS = 256
 
 
 class Source:
@@ -233,7 +233,7 @@ class StageDataset:
         """Closes the shard that was not used for longest when too many are open."""
         self._open.pop(shard, None)
         self._open[shard] = None
-        if len(self._open) > _OPEN_SHARDS:
+        if len(self._open) > OPEN_SHARDS:
             oldest = next(iter(self._open))
             oldest.close()
             del self._open[oldest]
