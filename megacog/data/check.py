@@ -127,8 +127,7 @@ def check_data(
     texts = Texts(text, config.model.num_frames)
     _check_fixed_texts(config, text, _spans(config, rules, (*train, *held_out)))
     for source in (*train, *held_out):
-        for each in rules:
-            _check_texts(source, each, texts, text, config.model.text_length)
+        _check_texts(source, rules, texts, text, config.model.text_length)
     return DataSummary(
         tuple(_summary(source, rule, text) for source in train),
         tuple(_summary(source, rule, text) for source in held_out),
@@ -160,9 +159,9 @@ def _phase_rows(rule: RateRule, sources: Sequence[Source], step: int) -> list[Ra
     for source in sources:
         usable = len(source.usable(rule, min_fps))
         unused += len(source) - usable
-        kinds, counts = np.unique(np.stack([source.lengths, source.fps]), axis=1, return_counts=True)
-        for (length, fps), count in zip(kinds.T.tolist(), counts.tolist(), strict=True):
-            rates = rule.feasible(int(length), fps, min_fps)
+        kinds, kind_of_clip = source.kinds
+        for (length, fps), count in zip(kinds, np.bincount(kind_of_clip).tolist(), strict=True):
+            rates = rule.feasible(length, fps, min_fps)
             for rate, probability in zip(rates, rule.probabilities(rates) if rates else [], strict=True):
                 key = float(f"{rate.fps:.3g}")
                 if rate.fps:
@@ -240,8 +239,7 @@ def _spans(config: Config, rules: Sequence[RateRule], sources: Sequence[Source])
 
 
 def _rates(source: Source, rule: RateRule) -> set[Rate]:
-    kinds = set(zip(source.lengths.tolist(), source.fps.tolist(), strict=True))
-    return {rate for length, fps in kinds for rate in rule.feasible(length, fps)}
+    return {rate for length, fps in source.kinds[0] for rate in rule.feasible(length, fps)}
 
 
 def _check_fixed_texts(config: Config, text: TextTokenizer, spans: Sequence[float | None]) -> None:
@@ -258,24 +256,35 @@ def _check_fixed_texts(config: Config, text: TextTokenizer, spans: Sequence[floa
             text.pad([text.encode(caption, span, model.num_frames) for caption, span in captions], model.text_length)
 
 
-def _check_texts(source: Source, rule: RateRule, texts: Texts, text: TextTokenizer, text_length: int) -> None:
+def _check_texts(
+    source: Source, rules: Sequence[RateRule], texts: Texts, text: TextTokenizer, text_length: int
+) -> None:
     """Raises DataError for an empty source and for a text that does not fit."""
     if not len(source):
         raise DataError(f"{source.name} holds no clips. Prepare some, or remove the source.")
-    for clip, (frames, fps) in enumerate(zip(source.lengths.tolist(), source.fps.tolist(), strict=True)):
-        rates = rule.feasible(frames, fps)
-        if not rates:
-            continue
-        shard, local = source.locate(clip)
-        found = [texts.of(shard, local, _span(rule, rate)) for rate in rates]
-        length, highest = max(map(len, found)), max(map(max, found))
-        if length > text_length:
-            _raise_too_long(shard, local, length, text_length)
-        if highest >= text.vocab_size:
-            raise DataError(
-                f"{shard.path}: clip {shard.clip_ids[local]!r} has token id {highest}, the text tokenizer "
-                f"{text.vocab_size} pieces. Prepare the shard again with this text tokenizer."
-            )
+    kinds, kind_of_clip = source.kinds
+    spans = [
+        list({_span(rule, rate) for rule in rules for rate in rule.feasible(length, fps)}) for length, fps in kinds
+    ]
+    # Every caption is tokenized once: in front of one of the tokenizer's own texts only the longest rate text matters.
+    longest = [sorted(each, key=lambda span: len(texts.rate(span)))[-1:] for each in spans]
+    first = 0
+    for shard in source.shards:
+        to_try = spans if shard.text_tokenizer == text.fingerprint else longest
+        for clip, kind in enumerate(kind_of_clip[first : first + shard.num_clips].tolist()):
+            for span in to_try[kind]:
+                _check_text(shard, clip, texts.of(shard, clip, span), text, text_length)
+        first += shard.num_clips
+
+
+def _check_text(shard: Shard, clip: int, ids: Sequence[int], text: TextTokenizer, text_length: int) -> None:
+    if len(ids) > text_length:
+        _raise_too_long(shard, clip, len(ids), text_length)
+    if max(ids) >= text.vocab_size:
+        raise DataError(
+            f"{shard.path}: clip {shard.clip_ids[clip]!r} has token id {max(ids)}, the text tokenizer "
+            f"{text.vocab_size} pieces. Prepare the shard again with this text tokenizer."
+        )
 
 
 def _span(rule: RateRule, rate: Rate) -> float | None:

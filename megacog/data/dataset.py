@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from megacog.tokenizers.text import TextTokenizer
 EVALUATION_SEED = 20220529
 _CACHED_CAPTIONS = 1 << 16
 # Processes may usually open 1024 files.
-_OPEN_SHARDS = 256
+OPEN_SHARDS = 256
 
 
 class Source:
@@ -60,11 +60,22 @@ class Source:
         shard = bisect_right(self._starts, clip) - 1
         return self.shards[shard], clip - self._starts[shard]
 
+    @cached_property
+    def kinds(self) -> tuple[list[tuple[int, float]], NDArray[np.int32]]:
+        """The different (stored frames, stored rate) of clips, ascending, and which of them each clip is [V].
+
+        Millions of clips are of few kinds, and what a clip can be used for depends on its kind alone.
+        """
+        rates, rate_of_clip = np.unique(self.fps, return_inverse=True)
+        codes, kind_of_clip = np.unique(self.lengths * len(rates) + rate_of_clip, return_inverse=True)
+        kinds = [(int(code) // len(rates), float(rates[code % len(rates)])) for code in codes]
+        return kinds, kind_of_clip.astype(np.int32)
+
     def usable(self, rule: RateRule, min_fps: float) -> NDArray[np.int64]:
         """Returns the clips that hold the stage's frames at some rate, int64, ascending."""
-        kinds, kind_of_clip = np.unique(np.stack([self.lengths, self.fps]), axis=1, return_inverse=True)
-        feasible = [bool(rule.feasible(int(length), float(fps), min_fps)) for length, fps in kinds.T]
-        return np.flatnonzero(np.array(feasible, dtype=bool)[kind_of_clip.reshape(-1)])
+        kinds, kind_of_clip = self.kinds
+        feasible = [bool(rule.feasible(length, fps, min_fps)) for length, fps in kinds]
+        return np.flatnonzero(np.array(feasible, dtype=bool)[kind_of_clip])
 
 
 def open_sources(configs: Sequence[SourceConfig], name: str) -> list[Source]:
@@ -222,7 +233,7 @@ class StageDataset:
         """Closes the shard that was not used for longest when too many are open."""
         self._open.pop(shard, None)
         self._open[shard] = None
-        if len(self._open) > _OPEN_SHARDS:
+        if len(self._open) > OPEN_SHARDS:
             oldest = next(iter(self._open))
             oldest.close()
             del self._open[oldest]

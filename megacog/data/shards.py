@@ -300,6 +300,11 @@ class Shard:
             raise ValueError(f"{self.path} holds no token_ids")
         return self._token_ids[self._token_offsets[clip] : self._token_offsets[clip + 1]]
 
+    @property
+    def num_token_ids(self) -> int:
+        """Stored text pieces of all clips; 0 without any."""
+        return 0 if self.text_tokenizer is None else len(self._token_ids)
+
     def read(self, clip: int, indices: Sequence[int] | NDArray[np.integer[Any]] | slice) -> NDArray[Any]:
         """Returns the frames of a clip at `indices`, codes [k, h, w] of the stored type.
 

@@ -62,6 +62,16 @@ class ShardSet:
                 f"--tokenizer is {tokenizer.fingerprint[:16]}. Name the folder of the one that made the shards."
             )
 
+    def require_clips(self) -> int:
+        """Returns how many clips there are.
+
+        Raises:
+            DataError: none.
+        """
+        if not (clips := sum(shard.num_clips for shard in self.shards)):
+            raise DataError(f"{self.shards[0].path} and the others hold no clips. Prepare some.")
+        return clips
+
     def spread(self, count: int) -> list[tuple[Shard, int]]:
         """Returns at most `count` clips, evenly spread over the set, as (shard, clip)."""
         ends = np.cumsum([shard.num_clips for shard in self.shards])

@@ -1,5 +1,5 @@
 """`launch/prepare.py`: videos and captions to shards (run, records), shards to other shards (merge), a look into
-them (inspect), a check (verify).
+them (inspect), a check (verify), what a large corpus takes (plan).
 
 Heavy packages are imported by the sub-command that needs them.
 """
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(
         commands.add_parser("inspect", help="statistics and contact sheet of shards", description=_INSPECT)
     )
+    _add_plan(commands.add_parser("plan", help="what a large corpus takes", description=_PLAN))
     verify = commands.add_parser(
         "verify",
         help="check every byte of shards",
@@ -70,6 +71,8 @@ _RECORDS = """Turn flat int32 records of the original's data tool (64 text ids, 
 HDF5 shards with token ids. Nothing is coded again. A stopped run continues when the same command is given again."""
 _MERGE = """Make one set of shards of several, or other shards of one: the same clips bit for bit, in the same order.
 Nothing is coded again. A stopped run continues when the same command is given again; the old shards stay."""
+_PLAN = """Print disk, files, memory and time for a corpus that is not there yet, from the format's real sizes; with
+--like from the average clip of shards that are there."""
 _INSPECT = """Print statistics of shards; with --tokenizer check that this one made them, and with --sheet as well
 draw clips decoded back from codes;
 with --config print the clips x rates table of the shards (else of its data.train) under that config."""
@@ -210,6 +213,22 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_inspect)
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--clips", type=_count, required=True, help="clips of the corpus")
+    add("--like", nargs="+", metavar="SHARD", help="shards of a sample; instead of the next six options")
+    add("--grid", type=_size, default=(20, 20), metavar="HxW", help="codes of a frame (default: 20x20)")
+    add("--codebook", type=_count, default=20_000, help="size of the codebook (default: 20000)")
+    add("--seconds", type=_positive, default=4.0, help="length of a clip (default: 4)")
+    add("--fps", type=_positive, default=8.0, help="rate of stored frames (default: 8)")
+    add("--caption-bytes", type=_count, default=60, help="caption in UTF-8 (default: 60)")
+    add("--id-bytes", type=_count, default=30, help="id, the video's path (default: 30)")
+    add("--clips-per-shard", type=_count, default=10_000, help="as for run (default: 10000)")
+    add("--clips-per-second", type=_positive, help="measured speed of all ranks together")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(command=_plan)
+
+
 def _run(options: argparse.Namespace) -> int:
     from megacog.prepare.mpi import join
     from megacog.prepare.run import run
@@ -246,6 +265,17 @@ def _merge(options: argparse.Namespace) -> int:
         options.out, options.clips_per_shard, options.num_shards, options.mixed_settings, options.overwrite
     )
     _show_summary(merge(options.shards, settings), options.json)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from megacog.prepare.plan import as_record, as_table, assumed_shape, measured_shape, plan
+
+    shape = measured_shape(options.like) if options.like else assumed_shape(
+        options.grid, options.codebook, options.seconds, options.fps, options.id_bytes, options.caption_bytes
+    )
+    made = plan(options.clips, shape, options.clips_per_shard, options.clips_per_second)
+    print(json.dumps(as_record(made)) if options.json else as_table(made))
     return 0
 
 

@@ -199,7 +199,8 @@ def test_every_option_of_a_shown_command_exists() -> None:
 def test_every_option_named_in_the_text_exists() -> None:
     scripts = [path.name for path in sorted((ROOT / "launch").glob("*.sh")) if path.name != "environment.sh"]
     texts = [help_text(name) for name in (*scripts, "pretrain.py", "evaluate.py", "submit.py")]
-    texts += [help_text("prepare.py", name) for name in ("run", "records", "inspect", "verify", "merge", "digits")]
+    preparing = ("run", "records", "merge", "plan", "inspect", "verify", "digits")
+    texts += [help_text("prepare.py", name) for name in preparing]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
     texts += [help_text("benchmark.py", name) for name in ("import", "generate", "train", "checkpoint")]
     texts += [help_text("plan.py"), help_text("plan.py", "check"), help_text("doctor.py")]

@@ -108,6 +108,24 @@ def test_the_rate_text_counts_in_the_length(write_clips: Write, make_config: Mak
     check_data(make_config([path], model={"text_length": caption}, data=data, train={"stage": "base"}))
 
 
+@pytest.mark.parametrize("stage", ["sequential", "base"])
+def test_a_caption_is_tokenized_once_and_meets_the_longest_rate_text_of_its_own_rates(
+    write_clips: Write, make_config: Make, text: TextTokenizer, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    captions = {"short": "the digit 1 moves right", "long": "the digit 2 moves right"}
+    path = write_clips("a.h5", [("short", 40, 8.0), ("long", 129, 8.0)], captions=captions)
+    fits = {span: len(text.encode(captions["long"], span)) for span in (16.0, 4.0)}
+    assert fits[16.0] == fits[4.0] + 1
+    options = {"data": {"caption_dropout": 0.0, "base_video_share": 0.5}, "train": {"stage": stage}}
+    seen: list[str] = []
+    encode = TextTokenizer._encode_caption
+    monkeypatch.setattr(TextTokenizer, "_encode_caption", lambda self, text: (seen.append(text), encode(self, text))[1])
+    check_data(make_config([path], model={"text_length": fits[16.0]}, **options))
+    assert [seen.count(caption) for caption in captions.values()] == [1, 1]
+    with pytest.raises(DataError, match=f"clip 'long' has a text of {fits[16.0]} tokens"):
+        check_data(make_config([path], model={"text_length": fits[4.0]}, **options))
+
+
 # The text tokenizer of these tests names frames per second: "1", or "7.5", which takes more tokens.
 LONG_RATES = {
     "a series rate": {"data": {"rates": {"series": [1.0, 7.5], "interpolation": [2.0]}}},

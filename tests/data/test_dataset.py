@@ -250,7 +250,7 @@ def test_no_more_files_are_open_than_allowed(
         return sum(link.startswith(str(path.parent)) for link in links)
 
     assert open_shards() == 6
-    monkeypatch.setattr("megacog.data.dataset._OPEN_SHARDS", 2)
+    monkeypatch.setattr("megacog.data.dataset.OPEN_SHARDS", 2)
     limited = stage_dataset(make_config([path.parent / "set-*.h5"]), text)
     before = open_shards()
     batch = limited.batch(0, range(40))

@@ -236,7 +236,7 @@ def test_a_shard_that_is_deleted_under_a_run_is_read_on_or_named(
         with Shard(shard) as like, ShardWriter(path, like.meta) as writer:
             for clip in range(6):
                 writer.add(f"{number}-{clip}", "the digit 3 moves left", like.read(clip, slice(None)), 8.0)
-    monkeypatch.setattr(dataset, "_OPEN_SHARDS", open_shards)
+    monkeypatch.setattr(dataset, "OPEN_SHARDS", open_shards)
     arguments = training(data__train=[{"path": str(path)} for path in paths], train__steps=6, train__log_every=1)
     arguments = (*arguments, "checkpoint.every=0", "train.eval_every=0")
     assert command("pretrain", *arguments, f"train.run_dir={tmp_path / 'intact'}").code == 0
