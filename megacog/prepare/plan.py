@@ -19,7 +19,7 @@ from megacog.prepare.inspect import ShardSet
 _ROW_BYTES = 8 + 8 + 4 + 8 + 8
 _CHECKSUM_BYTES = 4
 _TOKEN_BYTES = 8
-# What HDF5 adds to a shard, and to one with token ids; measured, tests/prepare/test_plan.py.
+# What HDF5 adds to a shard, and to one with token ids; measured, tests/prepare/test_corpus_plan.py.
 _SHARD_BYTES, _TOKEN_SHARD_BYTES = 4112, 5144
 # Arrays over all clips that training makes: frames, rate, kind and the list of usable clips.
 _TRAINING_BYTES = 8 + 8 + 4 + 8
