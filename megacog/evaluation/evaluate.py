@@ -2,8 +2,8 @@
 
 Generates clips of all captions, each with several seeds, lets the judge look at them, and sets its
 verdicts beside what it says of real held-out clips and of their tokenizer reconstructions (the true
-ceiling). Writes one mp4 per clip, a picture grid and report.json; files of an earlier evaluation in
-the same folder are replaced.
+ceiling). Writes one mp4 per clip (where PyAV is installed), a picture grid and report.json; files of an
+earlier evaluation in the same folder are replaced.
 
 Tensor suffixes: T frames, H/W pixels, C channels.
 """
@@ -27,7 +27,14 @@ from megacog.evaluation.judge import Judge, enlarge, load_or_train_judge, shrink
 from megacog.evaluation.scores import ClipScore, by_key, score_clip, summarize
 from megacog.generation.hierarchy import ClipGenerator, ClipRequest, plan_clip, sampled_frames, whole_clips
 from megacog.generation.infer import FrameMeter, load_generator, slug
-from megacog.generation.output import Strip, spread, watchable_scale, write_contact_sheet, write_mp4
+from megacog.generation.output import (
+    Strip,
+    can_write_mp4,
+    spread,
+    watchable_scale,
+    write_contact_sheet,
+    write_mp4,
+)
 from megacog.prepare import digits
 from megacog.runtime import log
 from megacog.runtime.files import write_json
@@ -111,7 +118,8 @@ def judged_scale(generator: ClipGenerator) -> int:
 def generate_and_score(
     judge: Judge, generator: ClipGenerator, wanted: Sequence[Task], out: Path
 ) -> tuple[list[ClipScore], list[dict[str, Any]], list[Strip]]:
-    """Scores, rows of the report and strips of the grid, in the order of `wanted`; writes the mp4 files."""
+    """Scores, rows of the report and strips of the grid, in the order of `wanted`; writes the mp4 files if it can."""
+    writes_mp4 = can_write_mp4()
     settings, scale = generator.settings, judged_scale(generator)
     requests = [ClipRequest(task.caption, settings.seconds, task.seed) for task in wanted]
     plan = plan_clip(settings.seconds, generator.num_frames, settings)
@@ -123,10 +131,11 @@ def generate_and_score(
         seen_THWC = shrink(frames_THWC, scale)
         score = score_clip(judge, seen_THWC, task.digit, task.directions, 2**settings.levels)
         path = out / "clips" / f"{index:04d}_{slug(task.caption)}.mp4"
-        write_mp4(path, frames_THWC, fps, watchable_scale(*frames_THWC.shape[1:3]))
+        if writes_mp4:
+            write_mp4(path, frames_THWC, fps, watchable_scale(*frames_THWC.shape[1:3]))
         scores.append(score)
         rows.append({
-            "path": str(path), "caption": task.caption, "seed": task.seed,
+            "path": str(path) if writes_mp4 else None, "caption": task.caption, "seed": task.seed,
             "judged_digit": score.judged_digit, "judged_directions": list(score.judged_directions),
         })  # fmt: skip
         if index < _GRID_CLIPS:

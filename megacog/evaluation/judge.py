@@ -222,8 +222,11 @@ def train_judge(settings: JudgeSettings | None = None) -> Judge:
 
 
 def _fingerprint(settings: JudgeSettings) -> str:
-    """sha256 of everything that a trained judge depends on: settings, scans, this code and the renderer's."""
-    described = [repr(settings), torch.__version__, json.dumps(digits.scan_ids("judge"))]
+    """sha256 of what makes a judge: settings, scans, this code and the renderer's.
+
+    Not torch's version, which changes only how weights round: a judge that was trained on one machine serves on others.
+    """
+    described = [repr(settings), json.dumps(digits.scan_ids("judge"))]
     for module in (inspect.getmodule(DigitNet), digits):
         assert module is not None
         described.append(inspect.getsource(module))

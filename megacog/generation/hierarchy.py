@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megacog.config.schema import GenerationConfig, Stage
 from megacog.errors import ConfigError, DataError
-from megacog.generation.clusters import clusters_for
+from megacog.generation.clusters import Clusters, clusters_for
 from megacog.generation.decode import generate_frames
 from megacog.generation.reading import Reader
 from megacog.generation.sampling import chooser, row_generator
@@ -169,8 +169,17 @@ class ClipGenerator:
         frames: FrameTokenizer,
         settings: GenerationConfig,
         on_frame: Callable[[int], None] | None = None,
+        clusters: Clusters | None = None,
     ) -> None:
-        """`on_frame` is called with the number of frames just sampled (all clips of a batch together).
+        """Makes the clusters that the settings sample from.
+
+        Args:
+            model: Base and both attention-plus sets.
+            text: Its text tokenizer.
+            frames: Its frame tokenizer.
+            settings: How clips are sampled.
+            on_frame: Called with the number of frames just sampled (all clips of a batch together).
+            clusters: The settings' clusters where they are at hand: k-means over a large codebook takes minutes.
 
         Raises:
             ConfigError, DataError: the settings' clusters cannot be had, see `clusters_for`.
@@ -184,7 +193,7 @@ class ClipGenerator:
         """Called with the number of frames just decoded to pixels."""
         self.num_frames = model.config.num_frames
         self.reader = Reader(model)
-        clusters = clusters_for(settings, frames)
+        clusters = clusters if clusters is not None else clusters_for(settings, frames)
         self.clusters = clusters.to(model.device) if clusters is not None else None
 
     def check(self, request: ClipRequest) -> None:

@@ -1,7 +1,7 @@
 """The command that turns a prompt file into clips: `bash launch/infer.sh prompts.txt`.
 
-Writes an mp4, a gif and a contact sheet per clip and one line per clip (or failed prompt) to
-results.jsonl. A bad prompt is reported and the others go on; the exit code is then 1.
+Writes an mp4 (where PyAV is installed), a gif and a contact sheet per clip and one line per clip (or failed
+prompt) to results.jsonl. A bad prompt is reported and the others go on; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megacog.generation.output import (
     FrameSample,
     Mp4Stream,
     Strip,
+    can_write_mp4,
     mp4_stream,
     watchable_scale,
     write_contact_sheet,
@@ -174,11 +175,12 @@ class ClipFiles:
 
     def append(self, chunk: ClipChunk) -> None:
         """Add the next frames; the last ones finish all files."""
-        if self._mp4 is None:
-            if self._scale is None:
-                self._scale = watchable_scale(*chunk.frames_THWC.shape[1:3])
+        if self._scale is None:
+            self._scale = watchable_scale(*chunk.frames_THWC.shape[1:3])
+        if self._mp4 is None and can_write_mp4():
             self._mp4 = self._stack.enter_context(mp4_stream(self.path(".mp4"), chunk.fps, self._scale))
-        self._mp4.append(chunk.frames_THWC)
+        if self._mp4 is not None:
+            self._mp4.append(chunk.frames_THWC)
         self._sample.append(chunk.frames_THWC)
         self.num_frames += len(chunk.frames_THWC)
         self.fps = chunk.fps
@@ -194,6 +196,11 @@ class ClipFiles:
         strip = Strip(self._job.prompt.text, frames_THWC[::every])
         write_contact_sheet(self.path(".png"), [strip], scale=self._scale)
         self._sample = FrameSample()
+
+
+def file_kinds() -> tuple[str, ...]:
+    """Endings of a clip's files."""
+    return ("mp4", "gif", "png") if can_write_mp4() else ("gif", "png")
 
 
 class FrameMeter:
@@ -329,7 +336,7 @@ def _record(
         "image": str(prompt.image) if prompt.image else None,
         "video": str(prompt.video) if prompt.video else None,
         "given_frames": 0 if request.given_KP is None else len(request.given_KP),
-        "paths": {kind: str(files.path(f".{kind}")) for kind in ("mp4", "gif", "png")},
+        "paths": {kind: str(files.path(f".{kind}")) for kind in file_kinds()},
         "wall_seconds": round(wall_seconds, 3),
         "model": str(export.path),
         "model_fingerprint": export.fingerprint,
@@ -385,6 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs, unusable = make_jobs(prompts, generator, arguments.prompts)
     bad = sorted([*bad, *unusable], key=lambda prompt: prompt.line)
     _prepare_folder(arguments.out, jobs, arguments.force)
+    can_write_mp4()  # warns now, before hours of sampling
 
     start = time.monotonic()
     with _results_file(arguments.out / RESULTS) as results:
@@ -395,7 +403,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.monotonic() - start
     if frames:
         print(f"{frames} frames of {len(jobs)} clips in {seconds:.1f} s: {seconds / frames:.3f} s per frame")
-        print(f"clips: {arguments.out}/*.mp4 (also .gif, .png), what was done: {arguments.out / RESULTS}")
+        first, *others = (f".{kind}" for kind in file_kinds())
+        print(f"clips: {arguments.out}/*{first} (also {', '.join(others)}), what was done: {arguments.out / RESULTS}")
     if bad:
         print(f"{len(bad)} of {len(bad) + len(prompts) - len(unusable)} prompts failed, see above", file=sys.stderr)
         return EXIT_FAULT

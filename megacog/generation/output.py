@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from megacog.runtime.files import atomic_file
+from megacog.runtime.log import get_logger
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +28,18 @@ WATCHABLE_PIXELS = 128
 _ENCODER = {"crf": "15", "preset": "fast", "threads": "1"}
 _MARGIN = 4
 _CAPTION_PIXELS = 14
+_logger = get_logger(__name__)
+
+
+@lru_cache(maxsize=1)
+def can_write_mp4() -> bool:
+    """Whether PyAV is here. Where it is not, warns once: clips do without an mp4 then, rather than be lost."""
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        _logger.warning("no mp4 files will be written: PyAV cannot be imported (%s); pip install av", error)
+        return False
+    return True
 
 
 def watchable_scale(height: int, width: int) -> int:

@@ -17,7 +17,7 @@ from megacog.runtime.speed import synchronize
 Kind = Literal["gemm", "attention", "pointwise", "head", "optimizer"]
 KINDS: tuple[Kind, ...] = ("gemm", "attention", "pointwise", "head", "optimizer")
 _OPTIMIZER = "megacog::optimizer"
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::_scaled_mm", "aten::_scaled_mm_v2")
 """What linear layers end in; batched products are attention's."""
 
 

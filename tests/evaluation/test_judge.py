@@ -107,3 +107,9 @@ def test_a_trained_judge_is_kept_and_a_damaged_one_is_trained_again(
     load_or_train_judge(tmp_path, SMALL)
     load_or_train_judge(tmp_path, JudgeSettings(steps=1))
     assert trained == [SMALL, SMALL, JudgeSettings(steps=1)]
+
+
+def test_a_judge_serves_on_machines_with_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = judge_module._fingerprint(SMALL)
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    assert judge_module._fingerprint(SMALL) == here != judge_module._fingerprint(JudgeSettings(steps=1))

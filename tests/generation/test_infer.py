@@ -21,7 +21,7 @@ from small_export import make_export
 from megacog.errors import CheckpointError, ConfigError, EnvError
 from megacog.generation import infer
 from megacog.generation.infer import clip_stem, find_export, main, slug
-from megacog.generation.output import write_mp4
+from megacog.generation.output import can_write_mp4, write_mp4
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,21 @@ def test_equal_prompts_and_seeds_give_equal_clips_and_samples_differ(export_path
     assert wide == narrow and len(wide) == 6
     assert wide[1, 0] == wide[2, 0] and wide[1, 1] == wide[2, 1]
     assert len({wide[1, 0], wide[1, 1], wide[3, 0], wide[3, 1]}) == 4
+
+
+def test_without_a_video_library_clips_come_as_gif_and_png(
+    export_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)  # an import of it fails
+    can_write_mp4.cache_clear()
+    prompts = write_prompts(tmp_path, "the digit 1 moves left", "the digit 2 moves up")
+    out = tmp_path / "out"
+    assert main([str(prompts), "--model", str(export_path), "--out", str(out), "levels=0"]) == 0
+    can_write_mp4.cache_clear()
+    assert {path.suffix for path in out.iterdir()} == {".gif", ".png", ".jsonl"}
+    assert all(set(row["paths"]) == {"gif", "png"} for row in results(out))
+    shown = capsys.readouterr()
+    assert "*.gif (also .png)" in shown.out and shown.err.count("no mp4 files will be written") == 1
 
 
 def test_nothing_is_overwritten_without_force(export_path: Path, tmp_path: Path) -> None:

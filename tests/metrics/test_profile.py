@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from megacog.metrics.profile import KINDS, kind_of, optimizer_range, profile_step
+from megacog.parallel.fp8 import as_held, input_gradient, weight_product
+from megacog_kernels.fp8 import fp8_product, quantize_rows
+from megacog_kernels.products import add_product, linear, multiply, product
 
 CPU = torch.device("cpu")
 
@@ -47,6 +52,33 @@ def test_the_time_of_a_step_is_shared_out() -> None:
     assert sum(found.shares.values()) == pytest.approx(1.0)
     assert 0 < sum(found.seconds.values()) <= found.wall
     assert len(found.largest) == 3 and found.largest[0][1] >= found.largest[1][1]
+
+
+_LEFT, _RIGHT = torch.randn(256, 256), torch.randn(256, 256)
+_HELD = as_held(_RIGHT)
+_CODES = quantize_rows(_LEFT)[0]
+_ONES = torch.ones(256, 1)
+
+
+@pytest.mark.parametrize(
+    "multiply_once",
+    [
+        lambda: linear(_LEFT, _RIGHT),
+        lambda: linear(_LEFT, _RIGHT, _RIGHT[0]),
+        lambda: multiply(_LEFT, _RIGHT),
+        lambda: product(_LEFT, _RIGHT, out=torch.empty(256, 256)),
+        lambda: add_product(_LEFT, _RIGHT, torch.zeros(256, 256)),
+        lambda: fp8_product(_CODES, _ONES, _CODES, _ONES[:, 0]),
+        lambda: weight_product(_LEFT.bfloat16(), *_HELD, _RIGHT[0].bfloat16()),
+        lambda: input_gradient(_LEFT.bfloat16(), *_HELD),
+    ],
+    ids=["linear", "with a bias", "multiply", "product", "add_product", "fp8", "fp8 weight", "fp8 gradient"],
+)
+def test_every_product_that_layers_make_counts_as_one(multiply_once: Callable[[], object]) -> None:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
+        multiply_once()
+    products = {event.name for event in recorded.events() if "mm" in event.name}
+    assert products and all(kind_of((name,)) == "gemm" for name in products), products
 
 
 def test_time_that_runs_no_operator_counts_for_nothing() -> None:
