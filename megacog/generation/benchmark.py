@@ -320,7 +320,8 @@ class Goal:
         verdicts = []
         for limit in self.limits:
             met = value >= limit if self.at_least else value <= limit
-            verdicts.append(f"{sign} {limit:g} " + ("not run" if self.value is None else "reached" if met else "MISSED"))
+            verdict = "not run" if self.value is None else "reached" if met else "MISSED"
+            verdicts.append(f"{sign} {limit:g} {verdict}")
         return f"{self.name:42s} {value:8.2f}  goal {', then '.join(verdicts)}"
 
 

@@ -1,13 +1,14 @@
 """Proof that a model learns, and that a killed run goes on bit for bit: a few clips are learned by heart.
 
-    python launch/prove.py memorize RUN_DIR [--config configs/cogvideo-9b.yaml] [--steps 300] [--save-at 100]
+    python launch/prove.py memorize RUN_DIR [--steps 300] [--save-at 100] [--seconds 480] [--config FILE] [key=value]
 
 The base is random and frozen, the clips are random codes: only attention-plus can tell them apart, so the loss starts
 at the logarithm of the number of codes. A first process saves a checkpoint and dies of SIGKILL some steps later; a
 second one resumes. The steps that both made must agree in every bit of loss and gradient norm, and the last loss must
-be small.
+be small. The learning rate is a setting: train.learning_rate=1e-3.
 
-Disk for the 9B model: 11.8 GB of frozen weights and one checkpoint of 25.5 GB, in RUN_DIR, which is removed at the end.
+Room for the 9B model: 11.8 GB of frozen weights and one checkpoint of 25.5 GB, in RUN_DIR, which is removed at the end.
+A folder in /dev/shm is the fastest. --json is written again and again while both processes run, with every loss so far.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 from megacog.checkpoint.discovery import find_checkpoint
 from megacog.checkpoint.rng import seed_everything
 from megacog.config.schema import Config
+from megacog.data.batch import Batch
 from megacog.errors import EXIT_DONE, EXIT_FAULT, EnvError
 from megacog.metrics.record import FILE_NAME, Recorder, read_records
 from megacog.runtime import log as logs
@@ -48,6 +50,8 @@ from megacog.training.synthetic import SINGLE, batches, random_base
 MEMORIZED = 2.0
 """Loss in nats per code below which clips count as known; 20,000 equally likely codes have 9.9."""
 _STEPS_AFTER_SAVE = 5
+_JSON_SECONDS = 5.0
+"""Between two versions of --json."""
 
 Record = dict[str, Any]
 
@@ -79,20 +83,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     if arguments.run_dir.exists():
         raise EnvError(f"{arguments.run_dir} exists; name a new folder, which is removed in the end")
-    metrics = arguments.run_dir / FILE_NAME
+    metrics, started = arguments.run_dir / FILE_NAME, time.monotonic()
+    before: dict[int, Record] = {}
+
+    def progress() -> None:
+        losses = {step: record["loss"] for step, record in (before | train_records(metrics)).items()}
+        write(arguments.json, {"finished": False, "killed_after": max(before, default=None), "losses": losses})
+
     try:
-        started = time.monotonic()
-        killed = subprocess.run([*child_command(arguments), "--die"]).returncode
+        killed = follow([*child_command(arguments), "--die"], progress)
         if killed != -signal.SIGKILL:
             raise EnvError(f"the first process was to be killed, but ended with code {killed}; see its log above")
         before = train_records(metrics)
         print(f"killed after step {max(before)}, {time.monotonic() - started:.0f} s", flush=True)
-        subprocess.run(child_command(arguments), check=True)
-        outcome = compare(before, train_records(metrics), arguments.save_at)
+        end = [] if arguments.seconds is None else ["--until", str(started + arguments.seconds)]
+        code = follow([*child_command(arguments), *end], progress)
+        if code != EXIT_DONE:
+            raise EnvError(f"the second process ended with code {code}; see its log above")
+        after = train_records(metrics)
     finally:
         shutil.rmtree(arguments.run_dir, ignore_errors=True)
-    say(outcome, arguments, time.monotonic() - started)
+    outcome = compare(before, after, arguments.save_at)
+    say(outcome, time.monotonic() - started)
+    losses = {step: record["loss"] for step, record in after.items()}
+    found = {"device": describe_device(), **vars(outcome), "accepted": outcome.accepted}
+    write(arguments.json, {**found, "finished": True, "losses": losses})
     return EXIT_DONE if outcome.accepted else EXIT_FAULT
+
+
+def follow(command: Sequence[str], progress: Callable[[], None]) -> int:
+    """Run a process, its exit code; `progress` is called every few seconds and when it has ended."""
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait(_JSON_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                progress()
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -105,9 +133,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=8, help="clips per step; must divide --clips")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--save-at", type=int, default=100, help="step of the checkpoint")
+    parser.add_argument("--seconds", type=float, help="end then, with the steps made so far (default: no limit)")
     parser.add_argument("--json", type=Path, help="also write the outcome and every loss here")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--die", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a key of the config")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.clips % arguments.micro_batch:
@@ -144,16 +174,20 @@ def compare(before: dict[int, Record], after: dict[int, Record], saved: int) -> 
     )
 
 
-def say(outcome: Outcome, arguments: argparse.Namespace, seconds: float) -> None:
-    """The outcome on stdout, and as JSON if a file was asked for."""
+def say(outcome: Outcome, seconds: float) -> None:
+    """The outcome on stdout."""
     print(
         f"{describe_device()}\n"
         f"loss {outcome.first_loss:.3f} at step 1, {outcome.last_loss:.3f} at step {outcome.steps}; "
         f"goal < {MEMORIZED:g}\n{outcome.repeated} steps repeated after the kill, {outcome.differing} of them differ\n"
         f"{outcome.step_seconds:.3f} s per step, {seconds:.0f} s in all: {'accepted' if outcome.accepted else 'MISSED'}"
     )
-    if arguments.json is not None:
-        write_json(arguments.json, {"device": describe_device(), **vars(outcome), "accepted": outcome.accepted})
+
+
+def write(path: Path | None, found: dict[str, Any]) -> None:
+    """JSON, if a file was asked for."""
+    if path is not None:
+        write_json(path, found)
 
 
 def memorizing_config(arguments: argparse.Namespace) -> Config:
@@ -205,10 +239,20 @@ def train(arguments: argparse.Namespace) -> None:
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every": 1})})
     checkpoints = _OneCheckpoint(state, config.checkpoint, recorder)
     checkpoints.at, checkpoints.die = arguments.save_at, arguments.die
-    loop = Loop(config, engine, 1, device, [], recorder, throughput, StopFlag(), checkpoints, sample=lambda step: None)
+    stop = StopFlag()
+    loop = Loop(config, engine, 1, device, [], recorder, throughput, stop, checkpoints, sample=lambda step: None)
     distinct = arguments.clips // arguments.micro_batch
-    loop.run(batches(config.model, "sequential", arguments.micro_batch, distinct, start), start)
+    endless = batches(config.model, "sequential", arguments.micro_batch, distinct, start)
+    loop.run(until(arguments.until, endless, stop), start)
     recorder.close()
+
+
+def until(end: float | None, endless: Iterator[Batch], stop: StopFlag) -> Iterator[Batch]:
+    """The batches; one that is taken after `end` (as `time.monotonic` counts) is the last."""
+    for batch in endless:
+        if end is not None and time.monotonic() >= end:
+            stop.requested = True
+        yield batch
 
 
 if __name__ == "__main__":
