@@ -60,9 +60,10 @@ class Size:
     seeds: int
 
     @property
-    def weight_std(self) -> float:
-        """Of initial matrices: 0.64 over the square root of the width."""
-        return 0.64 / math.sqrt(self.width)
+    def init(self) -> dict[str, float]:
+        """Matrices and tables that start logits alike at every width."""
+        root = math.sqrt(self.width)
+        return {"weight_std": 0.64 / root, "embedding_std": 4.0 / root, "residual_norm": 0.5}
 
 
 SMALL = Size(layers=2, width=64, heads=4, side=4, learning_rate=3e-3, steps=300, base_steps=300, seeds=4)
@@ -96,7 +97,7 @@ def gap_config(stage: Stage, steps: int, base_precision: BasePrecision | None, s
     model = {
         "num_layers": size.layers, "hidden_size": size.width, "num_heads": size.heads, "grid": (size.side, size.side),
         "text_length": 4, "text_positions": 4, "image_vocab_size": _CODES, "text_vocab_size": _STEPS + 2, "boi_id": 0,
-        "inherit": "none", "init": {"weight_std": size.weight_std, "embedding_std": 0.5, "residual_norm": 0.5},
+        "inherit": "none", "init": size.init,
     }  # fmt: skip
     train = {
         "stage": stage, "run_dir": "none", "engine": "torch", "steps": steps, "global_batch_size": _BATCH,

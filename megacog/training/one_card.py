@@ -10,6 +10,7 @@ nothing. On a CPU the same program runs without a limit, for small models.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a key of the config")
     arguments = parser.parse_intermixed_args(argv)
     config = fitting_config(arguments.config, arguments.overrides)
+    if config.train.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise EnvError(
+            "this run's engine is DeepSpeed, which is not installed here: pip install deepspeed, or carry its wheel to "
+            "a machine without network (launch/fetch_wheels.sh)"
+        )
     device = start_processes(config, discover())
     try:
         limited = limit(device, arguments.gib)

@@ -114,6 +114,13 @@ def test_the_proof_trains_a_small_model_of_the_same_run(capsys: pytest.CaptureFi
     assert "without a limit" in out and "step 2: 2 micro batches of 2, loss 4.1" in out
 
 
+def test_a_missing_engine_is_told_before_the_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_card.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(one_card, "start_processes", lambda *_: pytest.fail("started"))
+    with pytest.raises(EnvError, match="DeepSpeed, which is not installed here"):
+        one_card.main(["--config", str(CONFIG)])
+
+
 def test_a_card_smaller_than_the_limit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(total_memory=40 * 2**30)
     fractions: list[float] = []
