@@ -11,7 +11,7 @@ BENCHMARKS = {
     "kernels": ROOT / "kernels/benchmarks/attention.py",
     "fused": ROOT / "kernels/benchmarks/fused.py",
     "tiles": ROOT / "kernels/benchmarks/sweep.py",
-    "fp8": ROOT / "kernels/benchmarks/fp8.py",
+    "fp8_products": ROOT / "kernels/benchmarks/fp8_products.py",
     "cross_entropy": ROOT / "kernels/benchmarks/cross_entropy.py",
     "train": ROOT / "megacog/training/benchmark.py",
     "checkpoint": ROOT / "megacog/training/save_benchmark.py",

@@ -7,11 +7,12 @@
 #   OUT       folder for logs and json files
 #   PART      with torch, triton, pytest and hypothesis:
 #               tests (pytest tests/kernels, compiled), sanitizer (compute-sanitizer on small shapes);
-#               kernels, fused, cross_entropy, tiles (benchmarks)
+#               kernels, fused, cross_entropy, fp8_products, tiles (benchmarks)
 #             and pydantic with its three packages, pyyaml, safetensors, tqdm, sentencepiece, h5py:
 #               replay (pytest tests/generation/test_replay.py: CUDA graphs), generate (benchmark of the 9B model), doctor,
-#               train (benchmark of the 9B model), predict and memorize (proofs with the 9B model; memorize takes 37 GB of
-#               /dev/shm or of MEMORIZE_DIR, and key=value from MEMORIZE_SETTINGS), fp8 (loss gap of a base in e4m3)
+#               train (benchmark of the 9B model), any_order (the same with train.deterministic=false), predict and
+#               memorize (proofs with the 9B model; memorize takes 37 GB of /dev/shm or of MEMORIZE_DIR, and key=value
+#               from MEMORIZE_SETTINGS), fp8 (loss gap of a base in e4m3)
 #             and scikit-learn, and runs/digits-100m from `launch/digits_gpu.sh data`:
 #               digits (trains and judges 144M parameters; mp4 files with av only)
 #             and deepspeed, hjson:
@@ -59,7 +60,7 @@ plan() {
         tests | replay | sanitizer) needs+=(pytest hypothesis) ;;
     esac
     case "$1" in
-        replay | generate | doctor | train | predict | memorize | fp8 | digits | fits) needs+=("${package[@]}") ;;
+        replay | generate | doctor | train | any_order | predict | memorize | fp8 | digits | fits) needs+=("${package[@]}") ;;
     esac
     case "$1" in
         tests) command=(python -m pytest -q -m "not slow" --durations=5 tests/kernels) ;;
@@ -67,8 +68,11 @@ plan() {
         sanitizer) # plain allocations, so that each tensor has bounds of its own
             command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9
                 --target-processes all python -m pytest -q -x "${small[@]}") ;;
-        kernels | fused | cross_entropy | generate | tiles | train)
+        kernels | fused | cross_entropy | fp8_products | generate | tiles | train)
             command=(python launch/benchmark.py "$1" --json "$out/$1.json") ;;
+        any_order)
+            command=(python launch/benchmark.py train --only "sequential, micro batch 8" --json "$out/any_order.json"
+                train.deterministic=false) ;;
         doctor) command=(python launch/doctor.py --folder "$out") ;;
         predict | fp8) command=(python launch/prove.py "$1" --json "$out/$1.json") ;;
         memorize)

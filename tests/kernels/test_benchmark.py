@@ -27,7 +27,7 @@ def benchmark(*arguments: str, interpret: str) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize(
     ("name", "case"),
     [("kernels", "tiny window"), ("fused", "sandwich norm, trained"), ("cross_entropy", "tiny trained"),
-     ("fp8", "tiny, backward, exact")],  # fmt: skip
+     ("fp8_products", "tiny, backward, exact")],  # fmt: skip
 )
 def test_the_benchmark_checks_results_first(name: str, case: str) -> None:
     done = benchmark(name, "--tiny", interpret="0" if torch.cuda.is_available() else "1")
@@ -36,7 +36,7 @@ def test_the_benchmark_checks_results_first(name: str, case: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["kernels", "fused", "cross_entropy", "fp8"])
+@pytest.mark.parametrize("name", ["kernels", "fused", "cross_entropy", "fp8_products"])
 def test_the_benchmark_says_that_it_needs_a_gpu(name: str) -> None:
     done = benchmark(name, interpret="0")
     assert done.returncode == 1 and "no CUDA device" in done.stderr

@@ -1,6 +1,6 @@
 """Products with frozen e4m3 weights against bf16 ones on a GPU: correctness first, then the same rows in one run.
 
-    python launch/benchmark.py fp8 [--json FILE] [--check]
+    python launch/benchmark.py fp8_products [--json FILE] [--check]
 
 Forward is rows @ weight^T, backward the gradient of the rows; the weight is quantized before, the rows within what is
 timed. Every case is checked against fp64 before it is timed, and a wrong result ends the run. Times are medians in ms:
