@@ -11,12 +11,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
+
+from megacog.runtime.ranks import discover
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,6 +89,18 @@ class Ranks:
             time.sleep(0.05)
         self.__exit__()
         return Finished([process.returncode for process in self.processes], [log.read_text() for log in self.logs])
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """This process as a world of its own."""
+    with mock.patch.dict(os.environ):
+        discover()
+        dist.init_process_group("gloo")
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
 def run_ranks(arguments: list[str], world_size: int, folder: Path, timeout: float = 240) -> Finished:

@@ -20,7 +20,6 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megacog.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, check_contents, check_sizes, read_manifest
-from megacog.checkpoint.ownership import TakenOverError
 from megacog.errors import CheckpointError, EnvError, MegacogError
 from megacog.runtime.files import environment_error, sha256_file, sync_directory, sync_file
 
@@ -30,11 +29,15 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank has written into a folder."""
+    """What one rank, or all of them, have written into a folder."""
 
     files: dict[str, FileEntry]
     parameters: dict[str, str]
     """Parameter -> file."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files.values())
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -126,34 +129,47 @@ def write_share(folder: Path, write: Callable[[Path], dict[str, list[str]]], nee
     return Share(entries, {parameter: name for name, parameters in files.items() for parameter in parameters})
 
 
-def publish_folder(
-    temporary: Path,
-    final: Path,
-    share: Callable[[], Share],
-    manifest: Callable[[dict[str, FileEntry], dict[str, str]], str],
-) -> int:
-    """Let a temporary folder become `final` when all ranks have written their shares; its bytes. Collective.
+def gather_shares(temporary: Path, final: Path, share: Callable[[], Share]) -> Share:
+    """What all ranks have written into a temporary folder, once all have. Collective.
 
     Args:
-        temporary: As `begin_folder` gave.
-        final: Its name; an existing folder of that name is replaced.
+        temporary: As `begin_folder` gave; removed if some rank failed.
+        final: What it is to become.
         share: Gives this rank's share, or raises what kept it from being written.
-        manifest: Text of manifest.json from all files and the placement of all parameters.
 
     Raises:
-        TakenOverError: As `manifest` raised it.
-        CheckpointError: Some rank failed; `final` is as it was before.
+        CheckpointError: Some rank failed.
     """
     try:
         shares = on_all_ranks(share)
-        on_rank_0(lambda: _publish(temporary, final, shares, manifest))
-    except MegacogError as error:
+    except CheckpointError as error:
         if rank_and_size()[0] == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, TakenOverError):
-            raise
         raise CheckpointError(f"{final} could not be written: {error}") from error
-    return sum(entry.bytes for share in shares for entry in share.files.values())
+    files, parameters = {}, {}
+    for one in shares:
+        files.update(one.files)
+        parameters.update(one.parameters)
+    return Share(files, parameters)
+
+
+def publish_folder(temporary: Path, final: Path, manifest: str) -> None:
+    """Let a temporary folder that all ranks have written become `final`. On rank 0, in any thread.
+
+    Args:
+        temporary: As `begin_folder` gave; removed if it cannot be published.
+        final: Its name; an existing folder of that name is replaced.
+        manifest: Text of manifest.json.
+
+    Raises:
+        CheckpointError: It could not be written; `final` is as it was before.
+    """
+    try:
+        _publish(temporary, final, manifest)
+    except (OSError, MegacogError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        mendable = environment_error(error) if isinstance(error, OSError) else None
+        raise CheckpointError(f"{final} could not be written: {mendable or error}") from error
 
 
 def verify_folder(path: Path, sha256: str | None = None) -> Manifest:
@@ -207,26 +223,15 @@ def _no_space(error: OSError, folder: Path, needed: int) -> str:
     )
 
 
-def _publish(
-    temporary: Path,
-    final: Path,
-    shares: list[Share],
-    manifest: Callable[[dict[str, FileEntry], dict[str, str]], str],
-) -> None:
-    entries: dict[str, FileEntry] = {}
-    placement: dict[str, str] = {}
-    for share in shares:
-        entries.update(share.files)
-        placement.update(share.parameters)
-    content = manifest(entries, placement)
+def _publish(temporary: Path, final: Path, manifest: str) -> None:
     try:
-        (temporary / FILE_NAME).write_text(content, encoding="utf-8")
+        (temporary / FILE_NAME).write_text(manifest, encoding="utf-8")
         sync_file(temporary / FILE_NAME)
         sync_directory(temporary)
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise EnvError(f"rank 0 on {socket.gethostname()}: {_no_space(error, temporary, len(content))}") from error
+        raise EnvError(f"rank 0 on {socket.gethostname()}: {_no_space(error, temporary, len(manifest))}") from error
     trash = None
     if final.exists():  # a folder cannot be renamed over another one
         trash = final.with_name(f".{final.name}.trash-{uuid.uuid4().hex[:12]}")

@@ -120,25 +120,37 @@ class Snapshot:
     """Records in host memory, which training does not change while they are being written.
 
     The memory is kept for the next snapshot. For tensors of a GPU it is pinned: copies run at the speed of the bus.
+    Tensors of the host are copied later, by any thread: until then they must not change.
     """
 
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
+        self._uncopied: list[tuple[Tensor, Tensor]] = []
+        """Buffers, and what they are to hold."""
 
     def add(self, name: str, record: Record) -> None:
-        """Copy one record; complete only after `finish`."""
+        """Take one record; copied only after `wait_for_device` and `copy`."""
         held = self.records.setdefault(name, {})
         for field, tensor in record.items():
             buffer = held.get(field)
             if buffer is None or (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape):
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 held[field] = buffer
-            buffer.copy_(tensor, non_blocking=True)
+            if tensor.is_cuda:
+                buffer.copy_(tensor, non_blocking=True)
+            else:
+                self._uncopied.append((buffer, tensor.detach()))
 
-    def finish(self) -> None:
-        """Wait for the copies."""
+    def wait_for_device(self) -> None:
+        """Wait until tensors of a GPU are copied."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+
+    def copy(self) -> None:
+        """Copy the tensors of the host."""
+        uncopied, self._uncopied = self._uncopied, []
+        for buffer, tensor in uncopied:
+            buffer.copy_(tensor)
 
 
 def copied(record: Record) -> Record:

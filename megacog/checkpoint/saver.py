@@ -1,8 +1,10 @@
 """Writing the checkpoints of a run: `<run>/checkpoints/step-0001000/`.
 
-Asynchronous: every rank copies its share into host memory and trains on while a thread writes and syncs the copy.
-(A thread is enough: writing, syncing and checksums run without python's lock.) Collectives belong to the main thread
-alone, so it is the main threads that agree, at a later step, that all shares are on disk, and publish them.
+Asynchronous: every rank takes hold of its share and trains on, while a thread copies, writes and syncs it. What lies in
+the host's memory is copied by the thread, too: nothing changes it until the optimizer's next update, which waits for
+the copy. (Threads are enough: copying, writing, syncing and checksums run without python's lock.) Collectives belong to
+the main thread alone, so it is the main threads that agree, at a later step, that all shares are on disk; then a
+thread of rank 0 publishes the checkpoint, and at a later step still all ranks are told.
 """
 
 from __future__ import annotations
@@ -11,21 +13,33 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from megacog.checkpoint.commit import Share, begin_folder, on_rank_0, publish_folder, rank_and_size, write_share
+from megacog.checkpoint.commit import (
+    Share,
+    begin_folder,
+    gather_shares,
+    on_rank_0,
+    publish_folder,
+    rank_and_size,
+    write_share,
+)
 from megacog.checkpoint.discovery import LATEST, checkpoint_path, mark
-from megacog.checkpoint.manifest import FileEntry, Manifest
+from megacog.checkpoint.manifest import Manifest
 from megacog.checkpoint.ownership import Ownership, leftovers
 from megacog.checkpoint.records import Record, RecordWriter, Snapshot, assign_owners, build_share, copied
 from megacog.checkpoint.retention import Retention, remove_all, retire_old
 from megacog.checkpoint.rng import capture_rng
 from megacog.checkpoint.store import needed_bytes, rng_name
+from megacog.errors import EnvError
 from megacog.runtime.faults import fault_point
 from megacog.runtime.files import require_space
 from megacog.runtime.log import get_logger
 
 log = get_logger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,12 +56,12 @@ class Saved:
     """Of these, how long training stood still."""
 
 
-class _Share:
-    """This rank's share in the making: in a thread, which does not keep the process from leaving, or at once."""
+class _Task(Generic[T]):
+    """Work in a thread, which does not keep the process from leaving, or at once."""
 
-    def __init__(self, work: Callable[[], Share], background: bool) -> None:
+    def __init__(self, work: Callable[[], T], background: bool) -> None:
         self._work = work
-        self._share: Share | None = None
+        self._outcome: list[T] = []
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="checkpoint-writer")
         if background:
@@ -59,29 +73,40 @@ class _Share:
     def busy(self) -> bool:
         return self._thread.is_alive()
 
-    def result(self) -> Share:
-        """Wait for the share; raises what kept it from being written."""
+    def result(self) -> T:
+        """Wait for the work; raises what kept it from being done."""
         if self._thread.ident is not None:
             self._thread.join()
         if self._error is not None:
             raise self._error
-        assert self._share is not None
-        return self._share
+        return self._outcome[0]
 
     def _run(self) -> None:
         try:
-            self._share = self._work()
+            self._outcome.append(self._work())
         except Exception as error:  # told by `result`, when all ranks ask
             self._error = error
 
 
 @dataclass
 class _InFlight:
+    """A checkpoint in the making: shares, then, once all ranks have theirs, its publication."""
+
     header: Manifest
+    path: Path
     temporary: Path
-    share: _Share
+    share: _Task[Share]
     started: float
     stalled: float
+    bytes: int = 0
+    shared: bool = False
+    """All ranks have written."""
+    publication: _Task[float] | None = None
+    """On rank 0: when it was complete."""
+
+    @property
+    def busy(self) -> bool:
+        return self.share.busy or (self.publication is not None and self.publication.busy)
 
 
 class Saver:
@@ -101,6 +126,8 @@ class Saver:
         self._retention = retention
         self._asynchronous = asynchronous
         self._snapshot = Snapshot()
+        self._copied = threading.Event()
+        self._copied.set()
         self._in_flight: _InFlight | None = None
         self._removal: threading.Thread | None = None
         self._ownership: Ownership | None = None
@@ -108,8 +135,8 @@ class Saver:
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes its share. Not collective."""
-        return self._in_flight is not None and self._in_flight.share.busy
+        """Whether this rank still writes; when no rank does, all call `advance`. Not collective."""
+        return self._in_flight is not None and self._in_flight.busy
 
     def start(self, header: Manifest, sizes: Mapping[str, int], record: Callable[[str], Record]) -> None:
         """Begin a checkpoint; `finish` completes it. None may have begun before.
@@ -126,17 +153,18 @@ class Saver:
         """
         assert self._in_flight is None, "one checkpoint at a time"
         started = time.monotonic()
-        self._wait_for_removal()
         needed = needed_bytes(sizes)
         on_rank_0(lambda: self._check_place(needed))
-        temporary = begin_folder(checkpoint_path(self._run_dir, header.step))
+        path = checkpoint_path(self._run_dir, header.step)
+        temporary = begin_folder(path)
         rank, size = rank_and_size()
         owners = assign_owners(sizes, size)
         mine = needed_bytes({name: sizes[name] for name in sizes if owners[name] == rank})
         generators = capture_rng()
         if self._asynchronous:
             build_share(list(sizes), owners, rank, record, self._snapshot.add)
-            self._snapshot.finish()
+            self._snapshot.wait_for_device()
+            self._copied.clear()
 
         def write(folder: Path) -> dict[str, list[str]]:
             writer = RecordWriter(folder, "records", rank)
@@ -151,33 +179,73 @@ class Saver:
             own.add(rng_name(rank), generators)
             return files | own.finish()
 
-        share = _Share(lambda: write_share(temporary, write, mine), background=self._asynchronous)
-        self._in_flight = _InFlight(header, temporary, share, started, time.monotonic() - started)
+        def copy_and_write() -> Share:
+            try:
+                self._snapshot.copy()
+            finally:
+                self._copied.set()
+            return write_share(temporary, write, mine)
 
-    def finish(self) -> Saved | None:
-        """Complete the checkpoint that was begun, waiting for what is not written yet; None if none was.
+        share = _Task(copy_and_write, background=self._asynchronous)
+        self._in_flight = _InFlight(header, path, temporary, share, started, time.monotonic() - started)
+
+    def wait_for_copy(self) -> None:
+        """Wait until weights and optimizer states may change. Not collective."""
+        if self._in_flight is not None and not self._copied.is_set():
+            waiting = time.monotonic()
+            self._copied.wait()
+            self._in_flight.stalled += time.monotonic() - waiting
+
+    def advance(self) -> Saved | None:
+        """Go on with the checkpoint that was begun, when no rank is `writing`; what it was, if it is complete now.
 
         Raises:
             TakenOverError: The run belongs to another process now.
             CheckpointError: Some rank could not write; older checkpoints are untouched.
         """
-        if self._in_flight is None:
-            return None
         begun, self._in_flight = self._in_flight, None
+        if begun is None:
+            return None
         resumed = time.monotonic()
-        path = checkpoint_path(self._run_dir, begun.header.step)
+        if not begun.shared:
+            self._share(begun)
+            begun.stalled += time.monotonic() - resumed
+            self._in_flight = begun
+            return None
+        publication = begun.publication
+        seconds = on_rank_0(lambda: publication.result() - begun.started if publication is not None else 0.0)
+        stalled = begun.stalled + time.monotonic() - resumed
+        return Saved(begun.path, begun.header.step, begun.bytes, seconds, stalled)
 
-        def manifest(files: dict[str, FileEntry], placement: dict[str, str]) -> str:
-            assert self._ownership is not None
-            self._ownership.check()
-            return replace(begun.header, files=files, parameters=placement).to_json()
+    def finish(self) -> Saved | None:
+        """Complete the checkpoint that was begun, waiting for what is not written yet; None if none was.
 
-        written = publish_folder(begun.temporary, path, begun.share.result, manifest)
+        Raises:
+            MegacogError: As `advance`.
+        """
+        saved = None
+        while self._in_flight is not None:
+            saved = self.advance()
+        return saved
+
+    def _share(self, begun: _InFlight) -> None:
+        """Agree that all shares are on disk, and let rank 0 publish them."""
+        share = gather_shares(begun.temporary, begun.path, begun.share.result)
+        begun.shared, begun.bytes = True, share.bytes
         if rank_and_size()[0] == 0:
-            mark(path, LATEST)
-            self._remove(retire_old(self._run_dir, self._retention))
-        now = time.monotonic()
-        return Saved(path, begun.header.step, written, now - begun.started, begun.stalled + now - resumed)
+            manifest = replace(begun.header, files=share.files, parameters=share.parameters)
+            work = partial(self._publish, begun.temporary, begun.path, manifest)
+            begun.publication = _Task(work, background=self._asynchronous)
+
+    def _publish(self, temporary: Path, path: Path, manifest: Manifest) -> float:
+        """When the checkpoint was complete."""
+        assert self._ownership is not None
+        self._ownership.check()
+        publish_folder(temporary, path, manifest.to_json())
+        complete = time.monotonic()
+        mark(path, LATEST)
+        self._remove(retire_old(self._run_dir, self._retention))
+        return complete
 
     def close(self) -> None:
         """Wait until old checkpoints are removed. Not collective."""
@@ -193,7 +261,11 @@ class Saver:
     def _check_place(self, needed: int) -> None:
         assert self._ownership is not None
         self._ownership.check()
-        require_space(self._run_dir, needed)
+        try:
+            require_space(self._run_dir, needed)
+        except EnvError:
+            self._wait_for_removal()
+            require_space(self._run_dir, needed)
 
     def _remove(self, paths: list[Path]) -> None:
         """Remove files and folders while training goes on."""

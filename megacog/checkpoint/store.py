@@ -8,13 +8,14 @@ from pathlib import Path
 
 from megacog.checkpoint.commit import (
     begin_folder,
+    gather_shares,
     on_rank_0,
     publish_folder,
     rank_and_size,
     verify_folder,
     write_share,
 )
-from megacog.checkpoint.manifest import FILE_NAME, FileEntry, Manifest
+from megacog.checkpoint.manifest import FILE_NAME, Manifest
 from megacog.checkpoint.records import Record, RecordReader, RecordWriter, assign_owners, build_share, copied
 from megacog.runtime.files import require_space, sha256_file
 
@@ -45,10 +46,6 @@ def save_frozen(
     """
     path = run_dir / FROZEN
     on_rank_0(lambda: require_space(run_dir, needed_bytes(sizes) + reserve))
-
-    def manifest(files: dict[str, FileEntry], placement: dict[str, str]) -> str:
-        return replace(header, files=files, parameters=placement).to_json()
-
     temporary = begin_folder(path)
     rank, size = rank_and_size()
 
@@ -57,8 +54,14 @@ def save_frozen(
         build_share(list(sizes), assign_owners(sizes, size), rank, record, lambda name, r: writer.add(name, copied(r)))
         return writer.finish()
 
-    publish_folder(temporary, path, lambda: write_share(temporary, write, needed_bytes(sizes)), manifest)
-    return on_rank_0(lambda: sha256_file(path / FILE_NAME))
+    share = gather_shares(temporary, path, lambda: write_share(temporary, write, needed_bytes(sizes)))
+    manifest = replace(header, files=share.files, parameters=share.parameters)
+
+    def publish() -> str:
+        publish_folder(temporary, path, manifest.to_json())
+        return sha256_file(path / FILE_NAME)
+
+    return on_rank_0(publish)
 
 
 def open_frozen(run_dir: Path, expected: str) -> RecordReader:

@@ -35,7 +35,7 @@ class Checkpoints:
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes its share. Not collective; when no rank does, all call `complete`."""
+        """Whether this rank still writes; when no rank does, all call `advance`. Not collective."""
         return self._state.writing
 
     def save(self, step: int, evaluation_loss: float | None) -> None:
@@ -55,6 +55,10 @@ class Checkpoints:
         self.complete()
         self._tell(self._state.save(step, evaluation_loss))
         self._state.close()
+
+    def advance(self) -> None:
+        """Go on with the checkpoint that was begun, if one was, without waiting for files."""
+        self._attempt(self._begun, lambda: self._tell(self._state.advance_save()))
 
     def complete(self) -> None:
         """Publish the checkpoint that was begun, if one was, waiting for its files."""

@@ -16,7 +16,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from megacog.config.schema import Config
 from megacog.errors import ConfigError
 from megacog.model.transformer import CogVideo, LossOutput
 from megacog.parallel.groups import ProcessGroups
-from megacog.training.optimizer import build_optimizer, global_norm
+from megacog.training.optimizer import before_update, build_optimizer, global_norm
 from megacog.training.plain_engine import PlainEngine
 
 
@@ -51,6 +51,10 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float) -> bool:
         """Average over replicas, clip, update; False if gradients were not finite (nothing changes)."""
+        ...
+
+    def before_update(self, action: Callable[[], None]) -> None:
+        """Have `action` run before every change of weights and optimizer states by `step`."""
         ...
 
     def weight(self, name: str) -> Tensor:
@@ -224,6 +228,9 @@ class DeepSpeedEngine:
                 parameter.grad *= (clip / (norm + 1e-6)).clamp(max=1.0)
         self._engine.step()
         return applied
+
+    def before_update(self, action: Callable[[], None]) -> None:
+        before_update(self._optimizer, action)
 
     def weight(self, name: str) -> Tensor:
         parameter = self._parameters[name]

@@ -47,7 +47,7 @@ class StepReport:
     stop: bool
     """Some rank was asked to stop."""
     written: bool
-    """No rank writes its share of a checkpoint any more."""
+    """No rank writes files of a checkpoint now."""
     sample_ids: list[str]
     """Of this rank."""
 
@@ -91,7 +91,7 @@ class Loop:
             report = self.train_step(batches, step)
             speed = self.throughput.step(train.global_batch_size)
             if report.written:
-                self.checkpoints.complete()
+                self.checkpoints.advance()
             self.guard.check(step, report.loss, report.grad_norm, report.applied, report.sample_ids)
             last = step == train.steps or report.stop
             if due(step, train.log_every) or last:

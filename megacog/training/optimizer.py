@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ def updates_on_gpu(named: Iterable[tuple[str, nn.Parameter]]) -> bool:
     """Whether AdamW runs on a GPU. There, and in a host's memory, one fused pass is what counts: torch's loop makes a
     dozen. Small models on CPUs are as fast either way."""
     return any(parameter.is_cuda for _, parameter in named)
+
+
+def before_update(optimizer: torch.optim.Optimizer, action: Callable[[], None]) -> None:
+    """Have `action` run before every change of weights and optimizer states from now on."""
+    optimizer.register_step_pre_hook(lambda *_: action())
 
 
 def global_norm(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor], parallel: TensorParallel) -> Tensor:

@@ -6,7 +6,7 @@ master weights and moments; gradients are averaged in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megacog.config.schema import Config
 from megacog.model.transformer import CogVideo, LossOutput
 from megacog.parallel.groups import ProcessGroups
-from megacog.training.optimizer import build_optimizer, global_norm
+from megacog.training.optimizer import before_update, build_optimizer, global_norm
 from megacog.training.precision import DTYPES
 
 
@@ -86,6 +86,9 @@ class PlainEngine:
             self._masters[name].grad = None
             if weight is not self._masters[name]:
                 weight.copy_(self._masters[name])
+
+    def before_update(self, action: Callable[[], None]) -> None:
+        before_update(self._optimizer, action)
 
     def weight(self, name: str) -> Tensor:
         return self.model.get_parameter(name).detach()

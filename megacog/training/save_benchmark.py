@@ -1,9 +1,9 @@
 """How long training stands still for a checkpoint, written while it goes on or at once.
 
-A base with a wide vocabulary trains on one rank with the plain engine: many weights, little work, so that writing is
-the larger part. The same steps run without checkpoints, with asynchronous and with synchronous ones, in turn. Two
-measures per checkpoint: how long the step's thread was held up, and how much longer the run took altogether, which
-counts what the writer takes from the steps (cores, memory, disk), too.
+A base trains on one rank, on random samples. The same steps run without checkpoints, with asynchronous and with
+synchronous ones, in turn. Two measures per checkpoint: how long the step's thread was held up, waiting before the next
+update included, and how much longer the run took altogether, which counts what the writer takes from the steps
+(cores, memory, disk), too. A configuration with more weights: `model.text_vocab_size=100000`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megacog.checkpoint.saver import Saved
 from megacog.config.schema import Config
-from megacog.model.init import initialize_base
-from megacog.model.transformer import CogVideo
 from megacog.parallel.groups import build_process_groups
 from megacog.runtime.cli import run
 from megacog.runtime.hardware import available_cores, describe_device
-from megacog.training.comparison import GLOBAL_BATCH, run_step
+from megacog.runtime.ranks import discover
+from megacog.training.benchmark import CPU_CONFIG
 from megacog.training.engine import build_engine
+from megacog.training.measure import Case, case_config
+from megacog.training.pretrain import build_model
 from megacog.training.state import RunState, shapes_of
+from megacog.training.synthetic import random_inputs
 
 MODES: dict[str, bool | None] = {"none": None, "asynchronous": True, "synchronous": False}
 """Name -> `checkpoint.asynchronous`."""
-_WIDTH = 256
-_BYTES_PER_PARAMETER = 12
-"""Of a record in fp32: weight and both moments."""
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -52,40 +51,29 @@ class Measured:
     """Of one checkpoint."""
 
 
-def wide_config(megabytes: int, steps: int, run_dir: Path, asynchronous: bool) -> Config:
-    """A base whose checkpoint has about `megabytes`."""
-    vocabulary = max(64, megabytes * 10**6 // (_BYTES_PER_PARAMETER * _WIDTH))
-    model = {
-        "num_layers": 1, "hidden_size": _WIDTH, "num_heads": 4, "grid": (4, 4), "text_length": 8, "text_positions": 8,
-        "image_vocab_size": 64, "text_vocab_size": vocabulary, "boi_id": 3,
-    }  # fmt: skip
-    train = {
-        "stage": "base", "run_dir": str(run_dir), "engine": "torch", "steps": steps, "precision": "fp32",
-        "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2, "warmup_steps": 1,
-    }  # fmt: skip
-    tokenizer = {"text": "none", "frames": "none"}
-    checkpoint = {"keep_last": 1, "asynchronous": asynchronous}
-    return Config.model_validate({"model": model, "tokenizer": tokenizer, "train": train, "checkpoint": checkpoint})
-
-
-def measure(megabytes: int, steps: int, every: int, folder: Path, asynchronous: bool | None) -> Measured:
+def measure(config: Config, steps: int, every: int, folder: Path, asynchronous: bool | None) -> Measured:
     """Train `steps` steps with a checkpoint every `every`; `asynchronous` None = without any."""
-    config = wide_config(megabytes, steps, folder, bool(asynchronous))
-    groups = build_process_groups(1)
-    model = CogVideo(config.model)
-    initialize_base(model, seed=1)
-    model.trainable("base")
+    device, groups = torch.device("cpu"), build_process_groups(1)
+    checkpoint = config.checkpoint.model_copy(update={"keep_last": 1, "asynchronous": bool(asynchronous)})
+    train = config.train.model_copy(update={"run_dir": str(folder)})
+    config = config.model_copy(update={"train": train, "checkpoint": checkpoint})
+    model, _, _ = build_model(config, groups, device, None, None)
     shapes = shapes_of(model)
-    engine = build_engine(config, model, groups, GLOBAL_BATCH // 2)
+    engine = build_engine(config, model, groups, accumulation=1)
     state = RunState(config, engine, groups, shapes, {}, {}, (None, []))
-    run_step(engine, config, groups, 1)
+    inputs = random_inputs(config, device)
+
+    def train_step() -> None:
+        engine.backward(engine.forward(**inputs).loss)
+        engine.step(1e-4)
+
+    train_step()
     if asynchronous is not None:
         state.save(1)  # memory is touched for the first time, and a first checkpoint is there to be removed
     stalls, written, size = [], [], 0
 
-    def note() -> None:
+    def note(saved: Saved | None) -> None:
         nonlocal size
-        saved = state.finish_save()
         if saved is not None:
             stalls.append(saved.stall_seconds)
             written.append(saved.seconds)
@@ -93,15 +81,15 @@ def measure(megabytes: int, steps: int, every: int, folder: Path, asynchronous: 
 
     started = time.perf_counter()
     for step in range(2, steps + 2):
-        run_step(engine, config, groups, step)
+        train_step()
         if not state.writing:
-            note()
+            note(state.advance_save())
         if asynchronous is not None and step % every == 0:
-            note()
+            note(state.finish_save())
             state.start_save(step)
             if not asynchronous:
-                note()
-    note()
+                note(state.finish_save())
+    note(state.finish_save())
     seconds = time.perf_counter() - started
     state.close()
     return Measured(seconds, stalls, written, size)
@@ -110,21 +98,27 @@ def measure(megabytes: int, steps: int, every: int, folder: Path, asynchronous: 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a table; 0 if asynchronous checkpoints hold steps up for at most 5 % of synchronous ones."""
     parser = argparse.ArgumentParser(prog="benchmark.py checkpoint", description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=300, help="of one checkpoint (default: 300)")
+    parser.add_argument("--config", type=Path, default=CPU_CONFIG, help="run to take the model from")
+    parser.add_argument("--engine", choices=["torch", "deepspeed"], default="deepspeed", help="(default: deepspeed)")
+    parser.add_argument("--micro-batch", type=int, default=16, help="samples per step (default: 16)")
     parser.add_argument("--steps", type=int, default=60, help="of every run (default: 60)")
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints (default: 20)")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each kind, in turn (default: 3)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="of the steps (default: all cores)")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary folder)")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="override a key of the config")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    config = case_config(arguments.config, Case("base", arguments.micro_batch), tuple(arguments.overrides))
+    config = config.model_copy(update={"train": config.train.model_copy(update={"engine": arguments.engine})})
     runs: dict[str, list[Measured]] = {name: [] for name in MODES}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    discover()
+    dist.init_process_group("gloo")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for _ in range(arguments.repeat):
             for name, asynchronous in MODES.items():
                 place = Path(folder, name)
-                runs[name].append(measure(arguments.megabytes, arguments.steps, arguments.every, place, asynchronous))
+                runs[name].append(measure(config, arguments.steps, arguments.every, place, asynchronous))
                 shutil.rmtree(place)
     dist.destroy_process_group()
     return _report(runs, arguments)

@@ -31,12 +31,11 @@ from megacog.parallel.tensor import TensorParallel
 from megacog.runtime.faults import fault_point
 from megacog.runtime.log import get_logger
 from megacog.training.engine import Engine
+from megacog.training.same_run import check_same_run
 
 log = get_logger(__name__)
 
-_FIXED_TRAIN_KEYS = ("stage", "precision", "seed", "global_batch_size")
 _FP32_BYTES = 4
-_QUIET_SECTIONS = ("samples", "metrics", "generation", "checkpoint")
 
 
 def shapes_of(model: CogVideo) -> dict[str, list[int]]:
@@ -123,48 +122,6 @@ def load_checkpoint(run_dir: Path, path: Path, manifest: Manifest, config: Confi
     return Resumed(manifest, records, frozen)
 
 
-def check_same_run(saved: Mapping[str, Any], config: Config, path: Path) -> None:
-    """Refuse a checkpoint of another model, stage or data order; log settings that changed otherwise.
-
-    Raises:
-        CheckpointError: Names every difference that cannot be resumed over.
-    """
-    fatal, changed = [], []
-    for key, (before, now) in _leaf_differences(saved, config.model_dump(mode="json")).items():
-        section, _, rest = key.partition(".")
-        top = rest.split(".")[0]
-        fixed = section == "model" or (section == "train" and top in _FIXED_TRAIN_KEYS)
-        if key == "model.inherit":
-            fixed = _another_export(before, now)
-        text = f"{key} was {before!r} and is {now!r}"
-        if fixed:
-            fatal.append(text)
-        elif section not in _QUIET_SECTIONS:
-            changed.append(text)
-    if fatal:
-        raise CheckpointError(
-            f"{path} belongs to another run: " + "; ".join(fatal) + ". Use another train.run_dir (and model.inherit "
-            "to start from this one's export), or restore these settings"
-        )
-    for text in changed:
-        log.warning("settings changed since the checkpoint: %s", text)
-
-
-def _another_export(before: Any, now: Any) -> bool:
-    """Whether a run would start from something else; a resumed one does not read it, so it may have moved or gone."""
-    paths = [Path(str(path)) for path in (before, now)]
-    return all(path.exists() for path in paths) and not paths[0].samefile(paths[1])
-
-
-def _leaf_differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found: dict[str, tuple[Any, Any]] = {}
-        for key in sorted(set(old) | set(new)):
-            found |= _leaf_differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-        return found
-    return {} if old == new else {prefix: (old, new)}
-
-
 class RunState:
     """Saves, restores and exports one run, whose folder it takes over. All methods are collective.
 
@@ -196,6 +153,7 @@ class RunState:
         keep = config.checkpoint
         retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best)
         self._saver = Saver(self.run_dir, retention, keep.asynchronous)
+        engine.before_update(self._saver.wait_for_copy)
         self._config = config
         self._engine = engine
         self._groups = groups
@@ -272,7 +230,7 @@ class RunState:
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes its share of a checkpoint. Not collective."""
+        """Whether this rank still writes a checkpoint; when no rank does, all call `advance_save`. Not collective."""
         return self._saver.writing
 
     def save(self, step: int, evaluation_loss: float | None = None) -> Saved | None:
@@ -307,7 +265,17 @@ class RunState:
         Raises:
             CheckpointError: Some rank could not write.
         """
-        saved = self._saver.finish()
+        return self._note(self._saver.finish())
+
+    def advance_save(self) -> Saved | None:
+        """Go on with the checkpoint that was begun, when no rank is `writing`; what it was, if it is complete now.
+
+        Raises:
+            CheckpointError: Some rank could not write.
+        """
+        return self._note(self._saver.advance())
+
+    def _note(self, saved: Saved | None) -> Saved | None:
         if saved is not None:
             self.saved_step = saved.step
         return saved

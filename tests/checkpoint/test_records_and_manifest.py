@@ -56,7 +56,8 @@ def test_views_are_written_whole_and_as_they_were_when_copied(tmp_path: Path, by
     snapshot.add("a", {"weight": tensor.T})  # the memory is used again
     tensor.copy_(torch.arange(12.0).view(3, 4))
     snapshot.add("a", {"weight": tensor.T})
-    snapshot.finish()
+    snapshot.wait_for_device()
+    snapshot.copy()
     held = copied({"weight": tensor.T}) if by == "copy" else snapshot.records["a"]
     tensor.zero_()
     writer = RecordWriter(tmp_path, "r", 0)

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from run_ranks import made_once, run_jobs
+from run_ranks import made_once, one_rank, run_jobs
 
 from megacog.checkpoint import export
 from megacog.checkpoint.discovery import find_checkpoint
 from megacog.errors import CheckpointError
 from megacog.parallel.groups import build_process_groups
-from megacog.runtime.ranks import discover
 from megacog.training.comparison import small_config
 from megacog.training.elastic import TOLERANCE, Layout, resume_all, save_all, start_small
 from megacog.training.engine import Engine
@@ -34,17 +28,6 @@ JOB = (
     "deepspeed-1-2-1-1>deepspeed-2-1-2-1"
 )
 BACK = [("deepspeed-2-1-1-2", "deepspeed-3-1-1-1"), ("deepspeed-1-2-1-1", "torch-0-1-1-1")]
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    with mock.patch.dict(os.environ):
-        discover()
-        dist.init_process_group("gloo")
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
