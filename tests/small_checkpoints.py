@@ -55,7 +55,7 @@ def steps_in(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
-def flip_byte(path: Path) -> None:
+def flip_byte(path: Path, place: int = -1) -> None:
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[place] ^= 1
     path.write_bytes(bytes(data))
