@@ -41,7 +41,7 @@ from megacog.training.comparison import (
     small_config,
     small_engine,
 )  # fmt: skip
-from megacog.training.elastic import Layout, resume_all, save_all, start_small
+from megacog.training.elastic import start_small
 from megacog.training.engine import Engine, build_engine
 from megacog.training.guard import NonFiniteError
 from megacog.training.loop import Loop, StepReport
@@ -224,14 +224,6 @@ def failing_save(folder: Path) -> dict[str, Any]:
     raise AssertionError("the checkpoint was written")
 
 
-def elastic(folder: Path, saved: str, *pairs: str) -> dict[str, Any]:
-    """Save on each layout of `saved` (joined by +), then resume each pair (saved>resumed)."""
-    save_all(folder, map(Layout.parse, filter(None, saved.split("+"))))
-    split = [pair.split(">") for pair in pairs]
-    rows = resume_all(folder, [(Layout.parse(one), Layout.parse(other)) for one, other in split])
-    return {"rows": [dataclasses.asdict(row) for row in rows]}
-
-
 def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -303,7 +295,6 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "policies": policies,
     "sums": sums,
     "failing_save": failing_save,
-    "elastic": elastic,
     "pretrain_all": pretrain_all,
 }
 

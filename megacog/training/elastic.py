@@ -1,7 +1,8 @@
 """Proof that a run resumes on any layout of ranks and any ZeRO stage: every pair of small layouts, in fp32.
 
 Each layout trains a small model for two steps and saves; its state, gathered whole, is hashed, and the loss of the
-third step noted. Each layout then resumes each checkpoint: the hash must be the same, the loss within 1e-6.
+third step noted. Each layout then resumes each checkpoint: the hash must be the same, the loss within 1e-6. With
+--folder, a proof that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,8 +32,9 @@ from megacog.checkpoint.manifest import Manifest
 from megacog.config.schema import Config
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.runtime.cli import run
+from megacog.runtime.files import write_json
 from megacog.training.comparison import GLOBAL_BATCH, MICRO_BATCH, run_step, small_config
-from megacog.training.engine import Engine, build_engine
+from megacog.training.engine import Engine, build_engine, import_deepspeed
 from megacog.training.pretrain import build_model, example_inputs
 from megacog.training.state import RunState, gather_whole, shapes_of
 from megacog.training.synthetic import random_base
@@ -38,6 +42,8 @@ from megacog.training.synthetic import random_base
 TOLERANCE = 1e-6
 """Of the next loss, relative."""
 STEPS = 2
+_ROWS = "rows.jsonl"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,22 +108,58 @@ def start_small(
     return engine, state
 
 
+def prove(folder: Path, pairs: Sequence[tuple[Layout, Layout]]) -> list[Resumption]:
+    """Resume checkpoints of layouts on the layouts beside them, but for what `folder` holds already.
+
+    Ranks are forks of this process, which must not have joined a world.
+    """
+    import_deepspeed()  # once, before the forks
+    done = {(row.saved, row.resumed) for row in read_rows(folder)}
+    left = [(saved, resumed) for saved, resumed in pairs if (str(saved), str(resumed)) not in done]
+    unsaved = {saved for saved, _ in left if not _expected_file(folder, saved).exists()}
+    for ranks, layouts in _by_ranks(unsaved, lambda layout: layout):
+        _run_world(ranks, partial(save_all, folder, layouts))
+    for ranks, some in _by_ranks(left, lambda pair: pair[1]):
+        _run_world(ranks, partial(resume_all, folder, some))
+    return [row for row in read_rows(folder) if (row.saved, row.resumed) in {(str(a), str(b)) for a, b in pairs}]
+
+
+def pairwise(layouts: Sequence[Layout]) -> list[tuple[Layout, Layout]]:
+    """Few pairs of layouts, saved and resumed, in which every two values of their sizes and stages come together.
+
+    Greedy: the pair with most combinations that are still missing, of equal ones that with the fewest ranks.
+    """
+    pairs = list(itertools.product(layouts, layouts))
+
+    def combinations(pair: tuple[Layout, Layout]) -> set[Any]:
+        values = [*vars(pair[0]).values(), *vars(pair[1]).values()]
+        return set(itertools.combinations(enumerate(values), 2))
+
+    missing = set().union(*map(combinations, pairs))
+    chosen = []
+    while missing:
+        best = max(pairs, key=lambda pair: (len(combinations(pair) & missing), -pair[0].ranks - pair[1].ranks))
+        chosen.append(best)
+        missing -= combinations(best)
+    return chosen
+
+
 def save_all(folder: Path, layouts: Iterable[Layout]) -> None:
     """Train and save on each layout, all of this many ranks: `folder/<layout>/` and what must come out. Collective."""
     for layout in layouts:
-        config, groups = _config(folder / str(layout), layout), build_process_groups(layout.tensor, layout.sequence)
+        run_dir = folder / str(layout)
+        on_rank_0(partial(shutil.rmtree, run_dir, ignore_errors=True))  # of an interrupted proof
+        config, groups = _config(run_dir, layout), build_process_groups(layout.tensor, layout.sequence)
         engine, state = start_small(config, groups, None)
         for step in range(1, STEPS + 1):
             run_step(engine, config, groups, step)
         state.save(STEPS)
-        digest = state_digest(engine, groups)
-        text = json.dumps({"digest": digest, "loss": run_step(engine, config, groups, STEPS + 1)[0]})
-        on_rank_0(partial(_expected_file(folder, layout).write_text, text))
+        expected = {"digest": state_digest(engine, groups), "loss": run_step(engine, config, groups, STEPS + 1)[0]}
+        on_rank_0(partial(write_json, _expected_file(folder, layout), expected))
 
 
-def resume_all(folder: Path, pairs: Iterable[tuple[Layout, Layout]]) -> list[Resumption]:
+def resume_all(folder: Path, pairs: Iterable[tuple[Layout, Layout]]) -> None:
     """Resume checkpoints of `save_all`, each on the layout beside it, all of this many ranks. Collective."""
-    found = []
     for saved, layout in pairs:
         run_dir = folder / str(saved)
         config, groups = _config(run_dir, layout), build_process_groups(layout.tensor, layout.sequence)
@@ -126,8 +168,7 @@ def resume_all(folder: Path, pairs: Iterable[tuple[Layout, Layout]]) -> list[Res
         bitwise = state_digest(engine, groups) == expected["digest"]
         loss, _ = run_step(engine, config, groups, STEPS + 1)
         difference = abs(loss - expected["loss"]) / abs(expected["loss"])
-        found.append(Resumption(str(saved), str(layout), bitwise, difference))
-    return found
+        on_rank_0(partial(_add_row, folder, Resumption(str(saved), str(layout), bitwise, difference)))
 
 
 def state_digest(engine: Engine, groups: ProcessGroups) -> str:
@@ -153,47 +194,74 @@ def _expected_file(folder: Path, layout: Layout) -> Path:
     return folder / f"{layout}.json"
 
 
+def read_rows(folder: Path) -> list[Resumption]:
+    """What a folder's proof has found so far; a line that was cut off does not count."""
+    path = folder / _ROWS
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(Resumption(**json.loads(line)))
+    return rows
+
+
+def _add_row(folder: Path, row: Resumption) -> None:
+    with open(folder / _ROWS, "a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(vars(row)) + "\n")  # the first newline ends a line that was cut off
+
+
+def _by_ranks(items: Iterable[T], layout: Callable[[T], Layout]) -> Iterator[tuple[int, list[T]]]:
+    ordered = sorted(items, key=lambda item: (layout(item).ranks, str(item)))
+    for ranks, some in itertools.groupby(ordered, key=lambda item: layout(item).ranks):
+        yield ranks, list(some)
+
+
+def _run_world(ranks: int, work: Callable[[], None]) -> None:
+    """Run collective work on forks of this process.
+
+    Raises:
+        RuntimeError: A rank failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=_be_a_rank, args=(rank, ranks, folder, work)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        raise RuntimeError(f"of {ranks} ranks some failed; exit codes in rank order: {codes}")
+
+
+def _be_a_rank(rank: int, ranks: int, folder: str, work: Callable[[], None]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=10))
+    work()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `prove.py elastic`: start all ranks that are needed, or be one of them; 0 if every pair is accepted."""
+    """Run `prove.py elastic`; 0 if every pair is accepted."""
     parser = argparse.ArgumentParser(prog="prove.py elastic", description=__doc__)
     parser.add_argument("--data", type=int, nargs="+", default=[1, 2, 4], help="data-parallel sizes")
     parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="tensor-parallel sizes")
     parser.add_argument("--sequence", type=int, nargs="+", default=[1], help="sequence-parallel sizes")
     parser.add_argument("--zero", type=int, nargs="+", default=[1, 2, 3], help="ZeRO stages")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--phase", choices=["save", "resume"], help=argparse.SUPPRESS)
+    parser.add_argument("--pairwise", action="store_true", help="a cover of all pairs of values instead of all pairs")
+    parser.add_argument("--folder", type=Path, help="keep checkpoints and results here, and go on with what is there")
     arguments = parser.parse_args(argv)
     layouts = all_layouts(arguments.data, arguments.tensor, arguments.sequence, arguments.zero)
-    if arguments.phase is not None:
-        return _be_a_rank(arguments.folder, arguments.phase, layouts)
-    with tempfile.TemporaryDirectory() as folder:
-        for phase in ("save", "resume"):
-            for ranks in sorted({layout.ranks for layout in layouts}):
-                _start_ranks(Path(folder), phase, ranks, sys.argv[2:] if argv is None else argv)
-        return _report(Path(folder), layouts)
+    pairs = pairwise(layouts) if arguments.pairwise else list(itertools.product(layouts, layouts))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        return _report(prove(folder, pairs), layouts, len(pairs))
 
 
-def _be_a_rank(folder: Path, phase: str, layouts: list[Layout]) -> int:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
-    mine = [layout for layout in layouts if layout.ranks == dist.get_world_size()]
-    if phase == "save":
-        save_all(folder, mine)
-    else:
-        found = [vars(row) for row in resume_all(folder, itertools.product(layouts, mine))]
-        on_rank_0(lambda: (folder / f"{dist.get_world_size()}-ranks.result").write_text(json.dumps(found)))
-    dist.destroy_process_group()
-    return 0
-
-
-def _start_ranks(folder: Path, phase: str, ranks: int, arguments: Sequence[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += ["-m", "megacog.training.elastic", *arguments, "--folder", str(folder), "--phase", phase]
-    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-
-
-def _report(folder: Path, layouts: list[Layout]) -> int:
-    rows = [Resumption(**row) for file in sorted(folder.glob("*.result")) for row in json.loads(file.read_text())]
+def _report(rows: list[Resumption], layouts: list[Layout], wanted: int) -> int:
     for row in rows:
         if not row.accepted:
             print(f"NOT ACCEPTED: {row}")
@@ -204,7 +272,7 @@ def _report(folder: Path, layouts: list[Layout]) -> int:
         f"{len(rows)} pairs resumed, {bitwise} bitwise, largest relative difference of the next loss {worst:.1e}; "
         f"{accepted} accepted"
     )
-    return 0 if accepted == len(rows) == len(layouts) ** 2 else 1
+    return 0 if accepted == len(rows) == wanted else 1
 
 
 if __name__ == "__main__":

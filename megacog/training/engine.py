@@ -126,7 +126,7 @@ def _merge(generated: dict[str, Any], extra: dict[str, Any], where: str) -> dict
     return merged
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """The package, quiet (its logger is called DeepSpeed) and without its op that needs a compiler."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -157,7 +157,7 @@ class DeepSpeedEngine:
     """ZeRO 1-3 in bf16 and fp32, ZeRO 0 in fp32; see `Engine`. torch.distributed must be initialized."""
 
     def __init__(self, config: Config, model: CogVideo, groups: ProcessGroups, accumulation: int) -> None:
-        self._deepspeed = _import_deepspeed()
+        self._deepspeed = import_deepspeed()
         self.model = model
         self.grad_norm = 0.0
         self._config = config
