@@ -9,7 +9,7 @@ from megacog.checkpoint.saver import Saved
 from megacog.config.schema import CheckpointConfig
 from megacog.errors import MegacogError
 from megacog.metrics.record import Recorder
-from megacog.runtime.log import get_logger
+from megacog.runtime.log import SHARED, get_logger
 from megacog.training.state import RunState
 
 log = get_logger(__name__)
@@ -76,7 +76,7 @@ class Checkpoints:
                 raise
             log.error(
                 "step %d | checkpoint %d of this run that failed: %s; training goes on without it, as "
-                "checkpoint.on_error says", step, self.failures, error,
+                "checkpoint.on_error says", step, self.failures, error, extra=SHARED,
             )  # fmt: skip
 
     def _tell(self, saved: Saved | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megacog.config.schema import Config
 from megacog.errors import CheckpointError
-from megacog.runtime.log import get_logger
+from megacog.runtime.log import SHARED, get_logger
 
 log = get_logger(__name__)
 
@@ -86,7 +86,7 @@ def check_same_run(saved: Mapping[str, Any], config: Config, path: Path) -> None
             "to start from this one's export), or restore these settings"
         )
     for text in logged:
-        log.warning("settings changed since the checkpoint: %s", text)
+        log.warning("settings changed since the checkpoint: %s", text, extra=SHARED)
 
 
 def _another_export(before: Any, now: Any) -> bool:

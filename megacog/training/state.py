@@ -29,7 +29,7 @@ from megacog.parallel.fp8 import as_held
 from megacog.parallel.groups import ProcessGroups
 from megacog.parallel.tensor import TensorParallel
 from megacog.runtime.faults import fault_point
-from megacog.runtime.log import get_logger
+from megacog.runtime.log import SHARED, get_logger
 from megacog.training.engine import Engine
 from megacog.training.same_run import check_same_run
 
@@ -225,7 +225,8 @@ class RunState:
         if world == self._world():
             restore_rng(resumed.records.read(rng_name(rank)))
             return
-        log.warning("the checkpoint was written by %s; resuming is exact to rounding, not bitwise", world)
+        text = "the checkpoint was written by %s; resuming is exact to rounding, not bitwise"
+        log.warning(text, world, extra=SHARED)
         seed_everything(self._config.train.seed + resumed.manifest.step * 1_000_003 + self._groups.data_rank)
 
     @property
