@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -33,6 +34,7 @@ from megacog.config.schema import Config
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.runtime.cli import run
 from megacog.runtime.files import write_json
+from megacog.runtime.processes import die_with
 from megacog.training.comparison import GLOBAL_BATCH, MICRO_BATCH, run_step, small_config
 from megacog.training.engine import Engine, build_engine, import_deepspeed
 from megacog.training.pretrain import build_model, example_inputs
@@ -223,7 +225,8 @@ def _run_world(ranks: int, work: Callable[[], None]) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
-        processes = [context.Process(target=_be_a_rank, args=(rank, ranks, folder, work)) for rank in range(ranks)]
+        places = [(rank, ranks, os.getpid(), folder, work) for rank in range(ranks)]
+        processes = [context.Process(target=_be_a_rank, args=place) for place in places]
         for process in processes:
             process.start()
         for process in processes:
@@ -233,7 +236,9 @@ def _run_world(ranks: int, work: Callable[[], None]) -> None:
         raise RuntimeError(f"of {ranks} ranks some failed; exit codes in rank order: {codes}")
 
 
-def _be_a_rank(rank: int, ranks: int, folder: str, work: Callable[[], None]) -> None:
+def _be_a_rank(rank: int, ranks: int, parent: int, folder: str, work: Callable[[], None]) -> None:
+    die_with(parent)
+    logging.disable(logging.WARNING)  # that layouts change is the point
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     store = f"file://{folder}/store"
