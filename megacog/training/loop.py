@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from megacog.model.layout import stage_layout
 from megacog.model.transformer import LossOutput
 from megacog.runtime.faults import fault_point
 from megacog.runtime.hardware import memory_gib
+from megacog.runtime.heartbeat import alive, beat
 from megacog.runtime.log import get_logger
 from megacog.runtime.signals import StopFlag
 from megacog.training.checkpoints import Checkpoints
@@ -100,10 +101,13 @@ class Loop:
             if self.evaluation and (due(step, train.eval_every) or (last and train.eval_every and not report.stop)):
                 evaluation_loss = self.evaluate(step)
             if due(step, self.config.samples.every):
+                beat("samples", step)
                 self.sample(step)
             if last:
+                beat("save", step)
                 self.checkpoints.save_last(step, evaluation_loss)
             elif due(step, self.config.checkpoint.every):
+                beat("save", step)
                 self.checkpoints.save(step, evaluation_loss)
             self.throughput.restart()
             if report.stop:
@@ -115,15 +119,16 @@ class Loop:
         sums, sample_ids = self._zeros(), []
         for _ in range(self.accumulation):
             with self.throughput.waiting():
-                fault_point("data", step)
+                begin("data", step)
                 batch = next(batches).to(self.device)
             output = self.forward(batch, step)
             self.engine.backward(output.loss)
             sums[_FLAGS:] += self._numbers(output) / self.accumulation
             sample_ids += batch.sample_ids
+        spoil = begin("step", step)
         rate = learning_rate(step, self.config.train)
         applied = self.engine.step(rate)
-        if fault_point("step", step) == "flip":
+        if spoil == "flip":
             flip_bit(self.engine.model)
         sums[0], sums[1] = float(self.stop.requested), float(self.checkpoints.writing)
         stop, writing, loss, *frame_loss = self._mean_over_ranks(sums)
@@ -134,24 +139,25 @@ class Loop:
 
     def forward(self, batch: Batch, step: int) -> LossOutput:
         """The losses of a micro batch of a step."""
-        spoil = fault_point("forward", step)
+        spoil = begin("forward", step)
         output = self.engine.forward(**self.inputs(batch))
         if spoil == "nan":
             output = LossOutput(output.loss * float("nan"), output.frame_loss_Q)
-        if fault_point("backward", step) == "nan":
+        if begin("backward", step) == "nan":
             output.loss.register_hook(lambda gradient: gradient * float("nan"))
         return output
 
     @torch.no_grad()
     def evaluate(self, step: int) -> float:
         """Mean loss over the evaluation batches of all ranks, logged and recorded."""
-        fault_point("evaluate", step)
+        begin("evaluate", step)
         self.engine.model.eval()
         sums = self._zeros()
         samples = sum(len(batch) for batch in self.evaluation)
         for batch in self.evaluation:
             output = self.engine.forward(**self.inputs(batch.to(self.device)))
             sums[_FLAGS:] += self._numbers(output) * (len(batch) / samples)
+            alive()
         self.engine.model.train()
         loss, *frame_loss = self._mean_over_ranks(sums)[_FLAGS:]
         by_frame = self._by_frame(frame_loss)
@@ -214,6 +220,12 @@ class Loop:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0 = never) happens at this step."""
     return every > 0 and step % every == 0
+
+
+def begin(phase: str, step: int) -> Literal["nan", "flip"] | None:
+    """Tell the watch that a phase begins; what an injected fault spoils in it."""
+    beat(phase, step)
+    return fault_point(phase, step)
 
 
 @torch.no_grad()

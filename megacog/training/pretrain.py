@@ -6,7 +6,8 @@ import argparse
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +47,7 @@ from megacog.runtime import faults
 from megacog.runtime import log as logs
 from megacog.runtime.files import atomic_file, require_replaceable
 from megacog.runtime.hardware import available_cores, describe_device, device_name, peak_tflops, rank_device
+from megacog.runtime.heartbeat import Limits, Watch, beat
 from megacog.runtime.ranks import Ranks, discover, meeting, require_world
 from megacog.runtime.signals import StopFlag
 from megacog.tokenizers.frames import FrameTokenizer, load_frame_tokenizer
@@ -60,7 +62,7 @@ from megacog.training.state import Resumed, RunState, load_checkpoint, shapes_of
 
 log = logs.get_logger(__name__)
 
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_COLLECTIVE_MARGIN = 600.0
 _KINDS = {"text": "text tokenizer", "frames": "frame tokenizer"}
 """Key of the `tokenizer` section -> in words."""
 
@@ -86,12 +88,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     faults.arm(ranks.rank)
     config = load_config(arguments.config, arguments.overrides)
     require_world(ranks, config.cluster)
-    with StopFlag() as stop:
+    with StopFlag() as stop, watch(config, ranks) as watched:
         device = start_processes(config, ranks)
         try:
+            if watched is not None:
+                watched.join(on_rank_0(watched.open))
             return run(config, ranks, device, stop)
+        except BaseException as error:
+            if watched is not None:
+                watched.fail(error)  # before what follows, which may hang without the others
+            raise
         finally:
             dist.destroy_process_group()
+
+
+@contextmanager
+def watch(config: Config, ranks: Ranks) -> Iterator[Watch | None]:
+    """Context in which this rank is watched, if the configuration says so."""
+    if not config.watch.enabled or sys.platform != "linux":
+        log.warning("ranks are not watched: one that is stuck will not end the run")
+        yield None
+        return
+    settings = config.watch
+    limits = Limits(settings.step_seconds, settings.start_seconds, settings.slow_seconds, settings.lost_seconds)
+    with Watch(ranks, limits, Path(config.train.run_dir)) as watched:
+        yield watched
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -111,8 +132,11 @@ def start_processes(config: Config, ranks: Ranks) -> torch.device:
     """Join the other ranks; the device of this one."""
     torch.set_num_threads(config.train.threads or max(1, available_cores() // ranks.local_world_size))
     device = rank_device(ranks)
+    beat("meet", 0)
+    # The watch names a rank that is stuck; a collective alone would only say that it has waited.
+    limit = max(config.watch.start_seconds, config.watch.slow_seconds) + _COLLECTIVE_MARGIN
     with meeting():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=limit))
     return device
 
 
@@ -137,6 +161,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
             log.warning(text, export.path, _KINDS[kind], extra=logs.SHARED)
 
     seed_everything(config.train.seed + groups.data_rank)
+    beat("build", 0)
     model, resumed, sources = build_model(config, groups, device, export, checkpoint)
     if checkpoint is not None:
         check_tokenizers(tokenizers, checkpoint[1].fingerprints, checkpoint[0])
@@ -151,6 +176,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     recorder = Recorder(run_dir, ranks.rank, config.metrics.tensorboard)
     start_step = 0
     if resumed is not None:
+        beat("load", 0)
         start_step = state.restore(resumed, example_inputs(config, device))
         log.info("resumed at step %d from %s", start_step, resumed.records.folder)
     recorder.truncate_after(start_step)
@@ -172,6 +198,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
         log.info("stopped at step %d by %s; run the same command to continue", step, stop.signal_name or "another rank")
         stop.leaving = True
         return EXIT_PREEMPTED
+    beat("export", step)
     path = state.export(Path(config.tokenizer.text), Path(config.tokenizer.frames))
     log.info("done: %d steps; the model is in %s", step, path)
     return EXIT_DONE
