@@ -9,10 +9,9 @@ from typing import NoReturn
 
 from megacog.errors import EXIT_DONE, EnvError, MegacogError
 from megacog.runtime.files import environment_error
+from megacog.runtime.signals import EXIT_INTERRUPTED
 
-_EXIT_INTERRUPTED = 130
 _EXIT_BROKEN_PIPE = 141
-
 
 def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Call `main` and leave the process with its exit code (None = 0).
@@ -36,7 +35,6 @@ def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.e
         sys.exit(failed)
     leave(EXIT_DONE if code is None else code)
 
-
 def explain(error: BaseException, who: str = "") -> int | None:
     """Tell the user what went wrong and return the exit code that says it too; None, and nothing told, for a bug.
 
@@ -49,7 +47,7 @@ def explain(error: BaseException, who: str = "") -> int | None:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         _complain(f"{who}interrupted")
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     if isinstance(error, BrokenPipeError):
         # The reader of our output (head, less) has gone; a second error at exit would only confuse.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,7 +56,6 @@ def explain(error: BaseException, who: str = "") -> int | None:
         _complain(f"error: {who}{mendable}")
         return EnvError.exit_code
     return None
-
 
 def _complain(message: str) -> None:
     sys.stderr.write(f"{message}\n")
