@@ -30,6 +30,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.requested = False
+        self.started = time.monotonic()
         self.signal_name: str | None = None
         """The first signal that came, e.g. "SIGTERM", or what else was the reason."""
         self.leaving = False
