@@ -1,4 +1,4 @@
-"""What happens when numbers are not right: steps that are not finite are skipped, spikes are told, samples are dumped."""
+"""What happens when numbers are not right: non-finite steps are skipped, spikes told, their samples dumped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from megacog.config.schema import WatchConfig
 from megacog.errors import MegacogError
 from megacog.runtime.files import atomic_file
-from megacog.runtime.log import get_logger
+from megacog.runtime.log import SHARED, get_logger
 from megacog.training.spikes import Spikes
 
 log = get_logger(__name__)
@@ -93,7 +93,7 @@ class Guard:
             where = self._dump(step, f"loss {loss}, {score:.1f} deviations above the mean", batches)
             log.warning(
                 "step %d: loss %.4f is %.1f deviations above the mean of the %d steps before; this rank's samples: %s",
-                step, loss, score, self._config.spike_window, where,
+                step, loss, score, self._config.spike_window, where, extra=SHARED,
             )  # fmt: skip
         return score
 
@@ -109,7 +109,11 @@ class Guard:
             raise NonFiniteError(f"{what}. The step was applied, the weights are spoiled: resume a checkpoint.")
         self.consecutive += 1
         self.skipped += 1
-        log.warning("%s. Step skipped (%d in a row, %d in all).", what, self.consecutive, self.skipped)
+        culprit = bool(suspects) and not math.isfinite(loss)
+        log.warning(
+            "%s. Step skipped (%d in a row, %d in all).", what, self.consecutive, self.skipped,
+            extra=None if culprit else SHARED,
+        )  # fmt: skip
         if self.consecutive >= self._config.max_skipped_steps:
             raise NonFiniteError(
                 f"{what}. {self.consecutive} steps in a row were not finite; stopped. Lower train.learning_rate or "

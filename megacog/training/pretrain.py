@@ -56,9 +56,11 @@ from megacog.training.checkpoints import Checkpoints
 from megacog.training.engine import Engine, build_engine
 from megacog.training.loop import Loop
 from megacog.training.precision import DTYPES
+from megacog.training.rollback import Rollbacks, ShiftedBatches, read_rollbacks, record_rollback
 from megacog.training.samples import Sampler
 from megacog.training.start import describe_weights, idle_tensors, open_inherited, start_weights
 from megacog.training.state import Resumed, RunState, load_checkpoint, shapes_of
+from megacog.training.switches import Switches, refuse_stopped
 
 log = logs.get_logger(__name__)
 
@@ -150,6 +152,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
         on_rank_0(lambda: require_memory(config, this_cluster(ranks, device)))
     data = on_rank_0(lambda: check_data(config, tokenizers.frames.fingerprint, tokenizers.text))
     run_dir = Path(config.train.run_dir)
+    on_rank_0(lambda: refuse_stopped(run_dir))
     on_rank_0(lambda: check_export_place(run_dir / "export"))
     checkpoint = find_checkpoint(run_dir, config.train.resume)
     export = open_inherited(config) if checkpoint is None else None  # a resumed run has its own copy
@@ -161,7 +164,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
             log.warning(text, export.path, _KINDS[kind], extra=logs.SHARED)
 
     seed_everything(config.train.seed + groups.data_rank)
-    beat("build", 0)
+    beat("build" if checkpoint is None else "load", 0)
     model, resumed, sources = build_model(config, groups, device, export, checkpoint)
     if checkpoint is not None:
         check_tokenizers(tokenizers, checkpoint[1].fingerprints, checkpoint[0])
@@ -176,32 +179,56 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     recorder = Recorder(run_dir, ranks.rank, config.metrics.tensorboard)
     start_step = 0
     if resumed is not None:
-        beat("load", 0)
         start_step = state.restore(resumed, example_inputs(config, device))
         log.info("resumed at step %d from %s", start_step, resumed.records.folder)
     recorder.truncate_after(start_step)
 
     evaluation = load_evaluation(config, tokenizers.text, groups)
+    rollbacks = on_rank_0(lambda: read_rollbacks(run_dir))
+    checkpoints = Checkpoints(state, config.checkpoint, recorder)
     loop = Loop(
         config, engine, accumulation, device, evaluation, recorder, build_throughput(config, ranks.world_size), stop,
-        checkpoints=Checkpoints(state, config.checkpoint, recorder),
+        checkpoints=checkpoints,
         sample=make_sampler(config, tokenizers, evaluation, engine, ranks),
+        tensor_rank=groups.tensor.rank,
+        switches=Switches(run_dir, config.train.max_minutes, stop, ranks.rank),
+        roll_back=roll_back(config, checkpoints, rollbacks) if config.watch.on_spike == "rollback" else None,
     )  # fmt: skip
-    place = {"data_rank": groups.data_rank, "data_size": groups.data_size, "start_step": start_step}
-    batches = training_batches(config, tokenizers.text, **place)
+    state.guard_state = loop.guard.state
+    if resumed is not None:
+        loop.guard.restore(resumed.manifest.guard)
+    batches = ShiftedBatches(
+        lambda start: training_batches(
+            config, tokenizers.text, data_rank=groups.data_rank, data_size=groups.data_size, start_step=start
+        ),
+        rollbacks,
+        start_step,
+    )
     try:
         step = loop.run(batches, start_step)
     finally:
         batches.close()
         recorder.close()
-    if step < config.train.steps:
-        log.info("stopped at step %d by %s; run the same command to continue", step, stop.signal_name or "another rank")
+    if step < config.train.steps or loop.rolled_back:
+        reason = "a spike of the loss" if loop.rolled_back else stop.signal_name or "another rank"
+        log.info("stopped at step %d by %s; run the same command to continue", step, reason)
         stop.leaving = True
         return EXIT_PREEMPTED
     beat("export", step)
     path = state.export(Path(config.tokenizer.text), Path(config.tokenizer.frames))
     log.info("done: %d steps; the model is in %s", step, path)
     return EXIT_DONE
+
+
+def roll_back(config: Config, checkpoints: Checkpoints, rollbacks: Rollbacks) -> Callable[[int, float], bool]:
+    """What the loop calls at a spike: lets the next start go on from the newest checkpoint, with other samples."""
+    run_dir = Path(config.train.run_dir)
+
+    def act(step: int, loss: float) -> bool:
+        checkpoints.complete()
+        return on_rank_0(lambda: record_rollback(run_dir, rollbacks, config.watch.max_rollbacks, step, loss))
+
+    return act
 
 
 def check_export_place(path: Path) -> None:

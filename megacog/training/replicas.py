@@ -1,7 +1,7 @@
 """Silent corruption: ranks that hold the same weights compare a sum over their bits.
 
-Data-parallel (and sequence-parallel) ranks hold the same weights, bit for bit: with ZeRO 0 to 2 and the plain engine all
-of them, trained and frozen, also those in fp8. ZeRO 3 cuts weights, so it has no copies but of some small tensors.
+Data-parallel (and sequence-parallel) ranks hold the same weights, bit for bit: with ZeRO 0 to 2 and the plain engine
+all of them, trained and frozen, also those in fp8. ZeRO 3 cuts weights, so it has no copies but of some small tensors.
 Tensor-parallel ranks hold different parts and are compared with their own kind.
 """
 
@@ -48,7 +48,9 @@ def compare_replicas(model: nn.Module, tensor_rank: int, step: int) -> None:
     place = torch.arange(1, 2 * len(names), 2, device=own_K.device)  # odd: no difference is multiplied away
     found = _gathered(torch.stack([torch.tensor(tensor_rank, device=own_K.device), (own_K * place).sum()]))
     kinds = [row[0] for row in found]
-    wrong = {rank for kind in set(kinds) for rank in _minority({r: found[r][1] for r, k in enumerate(kinds) if k == kind})}
+    wrong: set[int] = set()
+    for kind in set(kinds):
+        wrong |= set(_minority({rank: total for rank, (other, total) in enumerate(found) if other == kind}))
     if not wrong:
         return
     sums_RK = _gathered(own_K)
