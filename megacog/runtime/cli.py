@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from megacog.errors import EXIT_DONE, EnvError, MegacogError
+from megacog.errors import EXIT_DONE, EXIT_FAULT, EnvError, MegacogError
+from megacog.runtime import outcome
 from megacog.runtime.files import environment_error
 from megacog.runtime.signals import EXIT_INTERRUPTED
 
 _EXIT_BROKEN_PIPE = 141
+
 
 def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Call `main` and leave the process with its exit code (None = 0).
@@ -24,16 +26,21 @@ def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.e
     mend (no space, no permission, a file where a folder is needed, ...). Ctrl-C gives 130. Anything else
     is a bug and keeps its traceback.
     """
+    outcome.note(None)
     try:
         code = main()
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException as error:
         failed = explain(error)
+        if not isinstance(error, SystemExit):
+            outcome.note(EXIT_FAULT if failed is None else failed, f"{type(error).__name__}: {error}")
         if failed is None:
             raise
         sys.exit(failed)
-    leave(EXIT_DONE if code is None else code)
+    code = EXIT_DONE if code is None else code
+    outcome.note(code)
+    leave(code)
 
 def explain(error: BaseException, who: str = "") -> int | None:
     """Tell the user what went wrong and return the exit code that says it too; None, and nothing told, for a bug.

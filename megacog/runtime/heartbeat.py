@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from megacog.errors import EXIT_FAULT, EnvError, MegacogError
+from megacog.runtime import outcome
 from megacog.runtime.log import get_logger
 from megacog.runtime.ranks import Ranks
 from megacog.runtime.watcher import GRACE, RECORD, say
@@ -97,7 +98,7 @@ class Watch:
         self._watcher = subprocess.Popen(
             [sys.executable, "-S", "-m", "megacog.runtime.watcher", *map(str, arguments)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(theirs.fileno(), record, stack),
-            env=os.environ | {"PYTHONPATH": str(_PACKAGES)},
+            env=_environment(),
         )  # fmt: skip
         theirs.close()
         os.close(record)
@@ -232,7 +233,14 @@ class Watch:
 
     def _leave(self, reason: str) -> None:
         say(f"rank {self.ranks.rank}: {reason}")
+        outcome.note(EXIT_FAULT, reason)
         os._exit(EXIT_FAULT)
+
+
+def _environment() -> dict[str, str]:
+    """For the watcher, which must not be taken for a rank."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return kept | {"PYTHONPATH": str(_PACKAGES)}
 
 
 _current: Watch | None = None
@@ -256,8 +264,10 @@ def launchers(source: str) -> list[int]:
     Args:
         source: As `Ranks.source`. A process that no launcher has started may outlive the shell that it came from.
     """
+    supervisor = outcome.supervisor()
+    supervisors = [] if supervisor is None else [supervisor]
     if source in ("single process", "environment"):
-        return []
+        return supervisors
     parent = os.getppid()
     found = [parent]
     if source == "deepspeed":  # launch.py is a child of the `deepspeed` command, or of sshd and a shell
@@ -270,7 +280,7 @@ def launchers(source: str) -> list[int]:
             pid = _parent_of(pid)
         else:
             found = [parent]
-    return [pid for pid in found if pid > 1]
+    return [pid for pid in found if pid > 1] + supervisors
 
 
 def _parent_of(pid: int) -> int:

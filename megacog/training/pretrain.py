@@ -81,8 +81,16 @@ class Tokenizers:
         return {"text": self.text.fingerprint, "frames": self.frames.fingerprint}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when `train.steps` is reached and exported, 85 when a signal stopped it."""
+def main(argv: Sequence[str] | None = None, stop: StopFlag | None = None) -> int:
+    """Run the job; 0 when `train.steps` is reached and exported, 85 when it was stopped.
+
+    Args:
+        argv: Command line; None = that of this process.
+        stop: An entered flag, which may have been set already; None = one of its own.
+    """
+    if stop is None:
+        with StopFlag() as stop:
+            return main(argv, stop)
     arguments = parse_arguments(argv)
     ranks = discover()
     logs.setup(ranks.rank)
@@ -90,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     faults.arm(ranks.rank)
     config = load_config(arguments.config, arguments.overrides)
     require_world(ranks, config.cluster)
-    with StopFlag() as stop, watch(config, ranks) as watched:
+    with watch(config, ranks) as watched:
         device = start_processes(config, ranks)
         try:
             if watched is not None:
