@@ -201,10 +201,14 @@ class Watch:
 
     def _listen(self) -> None:
         """The thread that hears the watcher, and ends this process when it must end."""
-        received = b""
+        received, heard, patience = b"", time.monotonic(), _START_SECONDS
         while True:
-            if not select.select([self._channel], [], [], self.limits.lost + _START_SECONDS * self._starting)[0]:
-                self._leave(f"its watcher has not answered for {self.limits.lost:.0f} s")
+            if not select.select([self._channel], [], [], 1.0)[0]:
+                if time.monotonic() - heard > patience:
+                    self._watcher.kill()  # it may be stopped
+                    self._leave(f"its watcher has not answered for {patience:.0f} s")
+                continue
+            heard, patience = time.monotonic(), self.limits.lost
             try:
                 data = self._channel.recv(1 << 16)
             except OSError:
@@ -216,10 +220,6 @@ class Watch:
             *lines, received = (received + data).split(b"\n")
             for line in lines:
                 self._hear(json.loads(line))
-
-    @property
-    def _starting(self) -> bool:
-        return self._phase == "start"
 
     def _hear(self, message: dict[str, Any]) -> None:
         if "address" in message or "joined" in message:

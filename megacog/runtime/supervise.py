@@ -174,7 +174,7 @@ class Supervisor:
     def _signal(self, number: signal.Signals) -> None:
         """Send it to all ranks here; to the command itself where there are none."""
         ranks = list(self._ranks())
-        say(f"{number.name} to {len(ranks)} rank{'s' * (len(ranks) > 1)} here" if ranks else f"{number.name} to the command")
+        say(f"{number.name} to " + (f"{len(ranks)} rank{'s' * (len(ranks) > 1)} here" if ranks else "the command"))
         for pid in ranks:
             _send(pid, number)
         if not ranks and self._process is not None:
