@@ -18,9 +18,10 @@ class WatchConfig(Section):
     """A rank is stuck after so long in one phase of a step (data, forward, backward, optimizer) or in one batch of an
     evaluation while no rank is further behind."""
     start_seconds: float = Field(default=1800.0, gt=0)
-    """The same for the first time of each phase: kernels are compiled, caches filled."""
+    """The same for meeting, building and loading the model, and for the first time of each phase: kernels are compiled,
+    caches filled."""
     slow_seconds: float = Field(default=3600.0, gt=0)
-    """The same for meeting, building and loading the model, a save, samples and the export."""
+    """The same for a save, samples and the export."""
     lost_seconds: float = Field(default=8.0, ge=3)
     """A machine of which nothing is heard for so long is lost."""
     max_skipped_steps: int = Field(default=5, ge=1)

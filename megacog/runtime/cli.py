@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -30,7 +31,8 @@ def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.e
     try:
         code = main()
         sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a log on a full disk spoils nothing
+            sys.stderr.flush()
     except BaseException as error:
         failed = explain(error)
         if not isinstance(error, SystemExit):

@@ -47,8 +47,8 @@ class Limits:
 
     Attributes:
         step: In the phases of a step, and in every batch of an evaluation.
-        start: The first time that a phase comes: kernels are compiled, caches filled.
-        slow: In phases that have no beats inside (`SLOW_PHASES`).
+        start: In `START_PHASES`, and the first time that a phase comes: kernels are compiled, caches filled.
+        slow: In `SLOW_PHASES`, which have no beats inside.
         lost: Silence of a watcher after which its machine counts as lost.
     """
 
@@ -58,7 +58,8 @@ class Limits:
     lost: float = 8.0
 
 
-SLOW_PHASES = frozenset({"meet", "build", "load", "save", "samples", "export", "leave"})
+START_PHASES = frozenset({"start", "meet", "build", "load"})
+SLOW_PHASES = frozenset({"save", "samples", "export", "leave"})
 
 
 class Watch:
@@ -155,6 +156,8 @@ class Watch:
         limit = self.limits.step
         if phase in SLOW_PHASES:
             limit = self.limits.slow
+        elif phase in START_PHASES:
+            limit = self.limits.start
         elif phase not in self._seen:
             self._seen.add(phase)
             limit = max(self.limits.start, limit)
