@@ -10,13 +10,15 @@ import os
 import sys
 
 from megacog.runtime.cli import run
+from megacog.runtime.signals import StopFlag
 
 
 def pretrain() -> None:
     """Exit with the code of `megacog.training.pretrain.main`, before native threads can abort a finished rank."""
-    from megacog.training.pretrain import main
+    with StopFlag() as stop:  # already now: to import torch and DeepSpeed takes seconds
+        from megacog.training.pretrain import main
 
-    run(main, leave=os._exit)
+        run(lambda: main(stop=stop), leave=os._exit)
 
 
 def plan() -> None:

@@ -50,6 +50,8 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     evaluation_loss: float | None = None
     """Of the evaluation at this step, if there was one."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the guard of the losses remembers."""
 
     def to_json(self) -> str:
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}

@@ -20,6 +20,7 @@ from megacog.config.section import Kernels as Kernels
 from megacog.config.section import PlusStage as PlusStage
 from megacog.config.section import Section as Section
 from megacog.config.section import Stage as Stage
+from megacog.config.watch import WatchConfig as WatchConfig
 
 
 class SpaceConfig(Section):
@@ -291,6 +292,8 @@ class TrainConfig(Section):
     """Micro batches of one evaluation, over all ranks."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of the log and records of metrics.jsonl."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Save and leave with exit code 85 so many minutes after the start; the same command continues."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: continue from the newest checkpoint of run_dir if there is one; must: fail without one;
     never: fail if there is one."""
@@ -377,6 +380,7 @@ class Config(Section):
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     cluster: ClusterConfig = ClusterConfig()
+    watch: WatchConfig = WatchConfig()
     loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     generation: GenerationConfig = GenerationConfig()

@@ -56,7 +56,8 @@ class Recorder:
             return
         self._close_file()
         if self._tensorboard is not None:
-            self._tensorboard.purge_after(step)
+            sink = self._tensorboard
+            self._guard("TensorBoard", lambda: sink.purge_after(step))
         self._guard("metrics.jsonl", lambda: _rewrite(self.path, step))
 
     def close(self) -> None:
@@ -81,8 +82,8 @@ class Recorder:
 
     def _close_file(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            self._guard("metrics.jsonl", file.close)
 
     def _guard(self, what: str, action: Callable[[], None]) -> None:
         """Run an output action; the first failure of each output is a warning, further ones are silent."""

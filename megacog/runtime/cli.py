@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from megacog.errors import EXIT_DONE, EnvError, MegacogError
+from megacog.errors import EXIT_DONE, EXIT_FAULT, EnvError, MegacogError
+from megacog.runtime import outcome
 from megacog.runtime.files import environment_error
+from megacog.runtime.signals import EXIT_INTERRUPTED
 
-_EXIT_INTERRUPTED = 130
 _EXIT_BROKEN_PIPE = 141
 
 
@@ -25,17 +27,22 @@ def run(main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.e
     mend (no space, no permission, a file where a folder is needed, ...). Ctrl-C gives 130. Anything else
     is a bug and keeps its traceback.
     """
+    outcome.note(None)
     try:
         code = main()
         sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a log on a full disk spoils nothing
+            sys.stderr.flush()
     except BaseException as error:
         failed = explain(error)
+        if not isinstance(error, SystemExit):
+            outcome.note(EXIT_FAULT if failed is None else failed, f"{type(error).__name__}: {error}")
         if failed is None:
             raise
         sys.exit(failed)
-    leave(EXIT_DONE if code is None else code)
-
+    code = EXIT_DONE if code is None else code
+    outcome.note(code)
+    leave(code)
 
 def explain(error: BaseException, who: str = "") -> int | None:
     """Tell the user what went wrong and return the exit code that says it too; None, and nothing told, for a bug.
@@ -49,7 +56,7 @@ def explain(error: BaseException, who: str = "") -> int | None:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         _complain(f"{who}interrupted")
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     if isinstance(error, BrokenPipeError):
         # The reader of our output (head, less) has gone; a second error at exit would only confuse.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,7 +65,6 @@ def explain(error: BaseException, who: str = "") -> int | None:
         _complain(f"error: {who}{mendable}")
         return EnvError.exit_code
     return None
-
 
 def _complain(message: str) -> None:
     sys.stderr.write(f"{message}\n")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megacog.checkpoint.commit import rank_and_size
 from megacog.config.schema import Config
 from megacog.data.batch import Batch
 from megacog.metrics.record import Recorder
@@ -21,15 +23,18 @@ from megacog.model.layout import stage_layout
 from megacog.model.transformer import LossOutput
 from megacog.runtime.faults import fault_point
 from megacog.runtime.hardware import memory_gib
+from megacog.runtime.heartbeat import alive, beat
 from megacog.runtime.log import get_logger
 from megacog.runtime.signals import StopFlag
 from megacog.training.checkpoints import Checkpoints
 from megacog.training.engine import Engine
-from megacog.training.guard import Guard
+from megacog.training.guard import Guard, MicroBatch
+from megacog.training.replicas import compare_replicas
 from megacog.training.schedule import learning_rate
+from megacog.training.switches import Switches
 
 log = get_logger(__name__)
-_FLAGS = 2
+_FLAGS = 3
 """Numbers that ride on the reduction of the losses."""
 
 
@@ -48,7 +53,9 @@ class StepReport:
     """Some rank was asked to stop."""
     written: bool
     """No rank writes files of a checkpoint now."""
-    sample_ids: list[str]
+    save: bool
+    """Somebody wants a checkpoint of this step."""
+    micro_batches: list[MicroBatch]
     """Of this rank."""
 
 
@@ -67,6 +74,10 @@ class Loop:
         stop: Set by signals.
         checkpoints: Begins, and completes when all ranks have written, the checkpoints.
         sample: Writes the sample clips of a step; collective.
+        tensor_rank: This rank's, for the comparison of weights.
+        switches: Files and limits that stop the run or want a checkpoint; None = there are none.
+        roll_back: Given the step and loss of a spike, makes the next start leave these samples out, if it can;
+            collective. None = spikes are only told.
     """
 
     config: Config
@@ -79,11 +90,21 @@ class Loop:
     stop: StopFlag
     checkpoints: Checkpoints
     sample: Callable[[int], None]
-    guard: Guard = field(default_factory=Guard)
+    tensor_rank: int = 0
+    switches: Switches | None = None
+    roll_back: Callable[[int, float], bool] | None = None
+    guard: Guard = field(init=False)
+    rolled_back: bool = field(default=False, init=False)
+    """The run has left after a spike; its next start goes on from an older step."""
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.config.watch, Path(self.config.train.run_dir), rank_and_size()[0])
 
     def run(self, batches: Iterator[Batch], start_step: int) -> int:
-        """Train from after `start_step` to `train.steps` or a stop request; the last finished step."""
+        """Train from after `start_step` to `train.steps`, a stop request or a rollback; the last finished step."""
         train, step = self.config.train, start_step
+        if self._stop_agreed():  # while the model was built
+            return step
         self.engine.model.train()
         self.throughput.restart()
         while step < train.steps:
@@ -92,66 +113,87 @@ class Loop:
             speed = self.throughput.step(train.global_batch_size)
             if report.written:
                 self.checkpoints.advance()
-            self.guard.check(step, report.loss, report.grad_norm, report.applied, report.sample_ids)
-            last = step == train.steps or report.stop
-            if due(step, train.log_every) or last:
+            spike = self.guard.check(step, report.loss, report.grad_norm, report.applied, report.micro_batches)
+            stop, evaluation_loss = report.stop, None
+            if due(step, train.log_every) or step == train.steps or stop:
                 self.record(report, speed)
-            evaluation_loss = None
-            if self.evaluation and (due(step, train.eval_every) or (last and train.eval_every and not report.stop)):
+            if spike is not None and self.roll_back is not None and self.roll_back(step, report.loss):
+                self.rolled_back = True
+                break
+            at_end = step == train.steps and train.eval_every > 0
+            if self.evaluation and not stop and (due(step, train.eval_every) or at_end):
                 evaluation_loss = self.evaluate(step)
-            if due(step, self.config.samples.every):
+                stop = self._stop_agreed()
+            if due(step, self.config.samples.every) and not stop:
+                beat("samples", step)
                 self.sample(step)
-            if last:
-                self.checkpoints.save_last(step, evaluation_loss)
-            elif due(step, self.config.checkpoint.every):
-                self.checkpoints.save(step, evaluation_loss)
+                stop = self._stop_agreed()
+            self.save(step, report.save, stop or step == train.steps, evaluation_loss)
             self.throughput.restart()
-            if report.stop:
+            if stop:
                 break
         return step
 
+    def save(self, step: int, wanted: bool, last: bool, evaluation_loss: float | None) -> None:
+        """Save if it is due or wanted, and before that compare the weights: no checkpoint of corrupt ones is made."""
+        due_now = last or wanted or due(step, self.config.checkpoint.every)
+        if self.config.watch.compare_weights_every and (due_now or due(step, self.config.watch.compare_weights_every)):
+            compare_replicas(self.engine.model, self.tensor_rank, step)
+        if not due_now:
+            return
+        beat("save", step)
+        if last:
+            self.checkpoints.save_last(step, evaluation_loss)
+        else:
+            self.checkpoints.save(step, evaluation_loss)
+        if wanted and self.switches is not None:
+            self.switches.saved()
+
     def train_step(self, batches: Iterator[Batch], step: int) -> StepReport:
         """Forward and backward over all micro batches, then one optimizer step."""
-        sums, sample_ids = self._zeros(), []
+        sums, done = self._zeros(), []
         for _ in range(self.accumulation):
             with self.throughput.waiting():
-                fault_point("data", step)
+                begin("data", step)
                 batch = next(batches).to(self.device)
             output = self.forward(batch, step)
             self.engine.backward(output.loss)
-            sums[_FLAGS:] += self._numbers(output) / self.accumulation
-            sample_ids += batch.sample_ids
+            done.append(MicroBatch(batch.sample_ids, self._numbers(output)))
+            sums[_FLAGS:] += done[-1].losses / self.accumulation
+        spoil = begin("step", step)
         rate = learning_rate(step, self.config.train)
         applied = self.engine.step(rate)
-        if fault_point("step", step) == "flip":
+        if spoil == "flip":
             flip_bit(self.engine.model)
-        sums[0], sums[1] = float(self.stop.requested), float(self.checkpoints.writing)
-        stop, writing, loss, *frame_loss = self._mean_over_ranks(sums)
+        save = self.switches is not None and self.switches.save_requested()  # may ask for a stop, too
+        sums[:_FLAGS] = torch.tensor([self.stop.requested, self.checkpoints.writing, save])
+        stop, writing, wanted, loss, *frame_loss = self._mean_over_ranks(sums)
         return StepReport(
             step, loss, self._by_frame(frame_loss), self.engine.grad_norm, rate, applied, stop > 0, writing == 0,
-            sample_ids,
+            wanted > 0, done,
         )  # fmt: skip
 
     def forward(self, batch: Batch, step: int) -> LossOutput:
         """The losses of a micro batch of a step."""
-        spoil = fault_point("forward", step)
+        spoil = begin("forward", step)
         output = self.engine.forward(**self.inputs(batch))
         if spoil == "nan":
             output = LossOutput(output.loss * float("nan"), output.frame_loss_Q)
-        if fault_point("backward", step) == "nan":
+        if begin("backward", step) == "nan":
             output.loss.register_hook(lambda gradient: gradient * float("nan"))
         return output
 
     @torch.no_grad()
     def evaluate(self, step: int) -> float:
         """Mean loss over the evaluation batches of all ranks, logged and recorded."""
-        fault_point("evaluate", step)
+        begin("evaluate", step)
         self.engine.model.eval()
         sums = self._zeros()
         samples = sum(len(batch) for batch in self.evaluation)
         for batch in self.evaluation:
             output = self.engine.forward(**self.inputs(batch.to(self.device)))
             sums[_FLAGS:] += self._numbers(output) * (len(batch) / samples)
+            alive()
         self.engine.model.train()
         loss, *frame_loss = self._mean_over_ranks(sums)[_FLAGS:]
         by_frame = self._by_frame(frame_loss)
@@ -185,15 +227,20 @@ class Loop:
         self.recorder.write(
             report.step, "train",
             loss=report.loss, frame_loss=report.frame_loss, grad_norm=report.grad_norm,
-            learning_rate=report.learning_rate, applied=report.applied,
+            learning_rate=report.learning_rate, applied=report.applied, skipped=self.guard.skipped,
             samples=report.step * train.global_batch_size, seconds=speed.seconds,
             tokens_per_second=speed.tokens_per_second, tflops=speed.tflops,
             hardware_tflops=speed.hardware_tflops, mfu=speed.mfu, hfu=speed.hfu, memory_gib=memory,
             data_wait=speed.data_wait,
         )  # fmt: skip
 
+    def _stop_agreed(self) -> bool:
+        """Whether some rank was asked to stop, between steps. Collective."""
+        flag = torch.tensor([float(self.stop.requested)], device=self.device)
+        return self._mean_over_ranks(flag)[0] > 0
+
     def _zeros(self) -> Tensor:
-        """Flags (some rank stops, some rank writes), loss, then the loss of each predicted frame."""
+        """Flags (some rank stops, some rank writes, rank 0 wants to save), loss, then that of each predicted frame."""
         frames = stage_layout(self.config.model, self.config.train.stage).loss_frames
         return torch.zeros(_FLAGS + 1 + len(frames), device=self.device)
 
@@ -214,6 +261,12 @@ class Loop:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0 = never) happens at this step."""
     return every > 0 and step % every == 0
+
+
+def begin(phase: str, step: int) -> Literal["nan", "flip"] | None:
+    """Tell the watch that a phase begins; what an injected fault spoils in it."""
+    beat(phase, step)
+    return fault_point(phase, step)
 
 
 @torch.no_grad()

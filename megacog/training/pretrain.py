@@ -6,7 +6,8 @@ import argparse
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +47,7 @@ from megacog.runtime import faults
 from megacog.runtime import log as logs
 from megacog.runtime.files import atomic_file, require_replaceable
 from megacog.runtime.hardware import available_cores, describe_device, device_name, peak_tflops, rank_device
+from megacog.runtime.heartbeat import Limits, Watch, beat
 from megacog.runtime.ranks import Ranks, discover, meeting, require_world
 from megacog.runtime.signals import StopFlag
 from megacog.tokenizers.frames import FrameTokenizer, load_frame_tokenizer
@@ -54,13 +56,15 @@ from megacog.training.checkpoints import Checkpoints
 from megacog.training.engine import Engine, build_engine
 from megacog.training.loop import Loop
 from megacog.training.precision import DTYPES
+from megacog.training.rollback import Rollbacks, ShiftedBatches, read_rollbacks, record_rollback
 from megacog.training.samples import Sampler
 from megacog.training.start import describe_weights, idle_tensors, open_inherited, start_weights
 from megacog.training.state import Resumed, RunState, load_checkpoint, shapes_of
+from megacog.training.switches import Switches, refuse_stopped
 
 log = logs.get_logger(__name__)
 
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_COLLECTIVE_MARGIN = 600.0
 _KINDS = {"text": "text tokenizer", "frames": "frame tokenizer"}
 """Key of the `tokenizer` section -> in words."""
 
@@ -77,8 +81,16 @@ class Tokenizers:
         return {"text": self.text.fingerprint, "frames": self.frames.fingerprint}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when `train.steps` is reached and exported, 85 when a signal stopped it."""
+def main(argv: Sequence[str] | None = None, stop: StopFlag | None = None) -> int:
+    """Run the job; 0 when `train.steps` is reached and exported, 85 when it was stopped.
+
+    Args:
+        argv: Command line; None = that of this process.
+        stop: An entered flag, which may have been set already; None = one of its own.
+    """
+    if stop is None:
+        with StopFlag() as stop:
+            return main(argv, stop)
     arguments = parse_arguments(argv)
     ranks = discover()
     logs.setup(ranks.rank)
@@ -86,12 +98,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     faults.arm(ranks.rank)
     config = load_config(arguments.config, arguments.overrides)
     require_world(ranks, config.cluster)
-    with StopFlag() as stop:
+    with watch(config, ranks) as watched:
         device = start_processes(config, ranks)
         try:
+            if watched is not None:
+                watched.join(on_rank_0(watched.open))
             return run(config, ranks, device, stop)
+        except BaseException as error:
+            if watched is not None:
+                watched.fail(error)  # before what follows, which may hang without the others
+            raise
         finally:
             dist.destroy_process_group()
+
+
+@contextmanager
+def watch(config: Config, ranks: Ranks) -> Iterator[Watch | None]:
+    """Context in which this rank is watched, if the configuration says so."""
+    if not config.watch.enabled or sys.platform != "linux":
+        log.warning("ranks are not watched: one that is stuck will not end the run")
+        yield None
+        return
+    settings = config.watch
+    limits = Limits(settings.step_seconds, settings.start_seconds, settings.slow_seconds, settings.lost_seconds)
+    with Watch(ranks, limits, Path(config.train.run_dir)) as watched:
+        yield watched
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -111,8 +142,11 @@ def start_processes(config: Config, ranks: Ranks) -> torch.device:
     """Join the other ranks; the device of this one."""
     torch.set_num_threads(config.train.threads or max(1, available_cores() // ranks.local_world_size))
     device = rank_device(ranks)
+    beat("meet", 0)
+    # The watch names a rank that is stuck; a collective alone would only say that it has waited.
+    limit = max(config.watch.start_seconds, config.watch.slow_seconds) + _COLLECTIVE_MARGIN
     with meeting():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=limit))
     return device
 
 
@@ -126,6 +160,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
         on_rank_0(lambda: require_memory(config, this_cluster(ranks, device)))
     data = on_rank_0(lambda: check_data(config, tokenizers.frames.fingerprint, tokenizers.text))
     run_dir = Path(config.train.run_dir)
+    on_rank_0(lambda: refuse_stopped(run_dir))
     on_rank_0(lambda: check_export_place(run_dir / "export"))
     checkpoint = find_checkpoint(run_dir, config.train.resume)
     export = open_inherited(config) if checkpoint is None else None  # a resumed run has its own copy
@@ -137,6 +172,7 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
             log.warning(text, export.path, _KINDS[kind], extra=logs.SHARED)
 
     seed_everything(config.train.seed + groups.data_rank)
+    beat("build" if checkpoint is None else "load", 0)
     model, resumed, sources = build_model(config, groups, device, export, checkpoint)
     if checkpoint is not None:
         check_tokenizers(tokenizers, checkpoint[1].fingerprints, checkpoint[0])
@@ -156,25 +192,51 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     recorder.truncate_after(start_step)
 
     evaluation = load_evaluation(config, tokenizers.text, groups)
+    rollbacks = on_rank_0(lambda: read_rollbacks(run_dir))
+    checkpoints = Checkpoints(state, config.checkpoint, recorder)
     loop = Loop(
         config, engine, accumulation, device, evaluation, recorder, build_throughput(config, ranks.world_size), stop,
-        checkpoints=Checkpoints(state, config.checkpoint, recorder),
+        checkpoints=checkpoints,
         sample=make_sampler(config, tokenizers, evaluation, engine, ranks),
+        tensor_rank=groups.tensor.rank,
+        switches=Switches(run_dir, config.train.max_minutes, stop, ranks.rank),
+        roll_back=roll_back(config, checkpoints, rollbacks) if config.watch.on_spike == "rollback" else None,
     )  # fmt: skip
-    place = {"data_rank": groups.data_rank, "data_size": groups.data_size, "start_step": start_step}
-    batches = training_batches(config, tokenizers.text, **place)
+    state.guard_state = loop.guard.state
+    if resumed is not None:
+        loop.guard.restore(resumed.manifest.guard)
+    batches = ShiftedBatches(
+        lambda start: training_batches(
+            config, tokenizers.text, data_rank=groups.data_rank, data_size=groups.data_size, start_step=start
+        ),
+        rollbacks,
+        start_step,
+    )
     try:
         step = loop.run(batches, start_step)
     finally:
         batches.close()
         recorder.close()
-    if step < config.train.steps:
-        log.info("stopped at step %d by %s; run the same command to continue", step, stop.signal_name or "another rank")
+    if step < config.train.steps or loop.rolled_back:
+        reason = "a spike of the loss" if loop.rolled_back else stop.signal_name or "another rank"
+        log.info("stopped at step %d by %s; run the same command to continue", step, reason)
         stop.leaving = True
         return EXIT_PREEMPTED
+    beat("export", step)
     path = state.export(Path(config.tokenizer.text), Path(config.tokenizer.frames))
     log.info("done: %d steps; the model is in %s", step, path)
     return EXIT_DONE
+
+
+def roll_back(config: Config, checkpoints: Checkpoints, rollbacks: Rollbacks) -> Callable[[int, float], bool]:
+    """What the loop calls at a spike: lets the next start go on from the newest checkpoint, with other samples."""
+    run_dir = Path(config.train.run_dir)
+
+    def act(step: int, loss: float) -> bool:
+        checkpoints.complete()
+        return on_rank_0(lambda: record_rollback(run_dir, rollbacks, config.watch.max_rollbacks, step, loss))
+
+    return act
 
 
 def check_export_place(path: Path) -> None:

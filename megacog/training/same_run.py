@@ -44,8 +44,8 @@ RULES = (
     ),
     Rule(
         (
-            "samples", "metrics", "generation", "checkpoint", "cluster", "train.run_dir", "train.resume",
-            "train.log_every", "train.threads", "train.memory_check",
+            "samples", "metrics", "generation", "checkpoint", "cluster", "watch", "train.run_dir", "train.resume",
+            "train.max_minutes", "train.log_every", "train.threads", "train.memory_check",
         ),
         "silent", "nothing that is trained depends on it",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,8 @@ class RunState:
     ) -> None:
         self.run_dir = Path(config.train.run_dir)
         self.saved_step = -1
+        self.guard_state: Callable[[], dict[str, Any]] = dict
+        """What goes into the manifest of every checkpoint besides; the same on all ranks."""
         keep = config.checkpoint
         retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best)
         self._saver = Saver(self.run_dir, retention, keep.asynchronous)
@@ -257,7 +259,7 @@ class RunState:
             self._save_frozen(reserve=needed_bytes(sizes))
         if evaluation_loss is not None and not math.isfinite(evaluation_loss):
             evaluation_loss = None
-        header = replace(self._header(step), evaluation_loss=evaluation_loss)
+        header = replace(self._header(step), evaluation_loss=evaluation_loss, guard=self.guard_state())
         self._saver.start(header, sizes, self._record)
 
     def finish_save(self) -> Saved | None:

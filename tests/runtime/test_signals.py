@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -22,9 +23,37 @@ def test_a_stop_signal_sets_the_flag_and_the_process_goes_on(number: signal.Sign
 def test_a_second_interrupt_is_a_keyboard_interrupt() -> None:
     with StopFlag() as flag:
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # of the terminal and of the launcher: one
+        time.sleep(0.6)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert flag.requested
+
+
+def test_a_second_interrupt_ends_a_process_that_sits_in_native_code() -> None:
+    program = (
+        "import ctypes, os, signal, threading, time\n"
+        "from megacog.runtime.signals import StopFlag\n"
+        "def interrupt():\n"
+        "    for _ in range(2):\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(0.7)\n"
+        "with StopFlag():\n"
+        "    threading.Timer(0.2, interrupt).start()\n"
+        "    libc, end = ctypes.CDLL(None), time.monotonic() + 30\n"
+        "    pause = lambda: libc.pthread_mutex_lock(mutex)\n"
+        "    mutex = ctypes.create_string_buffer(64)\n"
+        "    pause()\n    pause()\n"  # the second one never returns, whatever signals come
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert time.monotonic() - start < 15
+
+
+def test_a_reason_other_than_a_signal_is_kept_when_a_signal_follows() -> None:
+    with StopFlag() as flag:
+        flag.request("train.max_minutes")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.requested and flag.signal_name == "train.max_minutes"
 
 
 def test_a_repeated_sigterm_changes_nothing() -> None:

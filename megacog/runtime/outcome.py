@@ -1,0 +1,72 @@
+"""What a supervised process leaves behind, so that its supervisor need not believe the exit code of a launcher.
+
+`deepspeed` ends with 0 when its own child is killed, torchrun with 1 whatever its ranks do. Under launch/supervise.py
+every rank on that machine notes its own end in a folder which an environment variable names; elsewhere nothing happens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLE = "MEGACOG_SUPERVISOR"
+"""Names the folder; also marks all processes of one supervisor."""
+_PID = "pid"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended.
+
+    Attributes:
+        rank: Of the run, if it had one.
+        code: Exit code; None = it has not ended in good order.
+        error: What it has said.
+    """
+
+    rank: str | None
+    code: int | None
+    error: str = ""
+
+
+def note(code: int | None, error: str = "") -> None:
+    """Note that this process has started (code None) or ends."""
+    folder = _folder()
+    if folder is None:
+        return
+    path = folder / f"{os.getpid()}.json"
+    content = {"rank": os.environ.get("RANK"), "code": code, "error": error}
+    try:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(path)
+    except OSError:
+        pass  # the exit code is what remains
+
+
+def outcomes(folder: Path) -> Iterator[Outcome]:
+    """What processes have noted."""
+    for path in sorted(folder.glob("*.json")):
+        yield Outcome(**json.loads(path.read_text()))
+
+
+def claim(folder: Path) -> None:
+    """Make this process the supervisor of a folder."""
+    (folder / _PID).write_text(str(os.getpid()))
+
+
+def supervisor() -> int | None:
+    """Process id of the supervisor, if there is one on this machine."""
+    folder = _folder()
+    try:
+        return int((folder / _PID).read_text()) if folder is not None else None
+    except (OSError, ValueError):
+        return None
+
+
+def _folder() -> Path | None:
+    name = os.environ.get(VARIABLE)
+    return Path(name) if name and os.path.isdir(name) else None
