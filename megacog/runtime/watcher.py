@@ -20,13 +20,13 @@ import signal
 import socket
 import struct
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megacog.runtime.hub import TICK, Beat, Hub, Member, Verdict
+from megacog.runtime.hub import TICK, Beat, Hub, Verdict
+from megacog.runtime.hub_status import StatusFile
 
 RECORD = struct.Struct("<QqddQ16s")
 """count, step, monotonic time of the last progress, limit in seconds, count again, phase."""
@@ -37,7 +37,6 @@ _PATIENCE = 20.0
 _TELL = 1.0
 """Seconds between two messages of a watcher."""
 _STACK_SECONDS = 1.5
-_STATUS_SECONDS = 10.0
 _CONNECT_SECONDS = 30.0
 _LONGEST_LINE = 1 << 17
 _LONGEST_STACK = 1 << 15
@@ -401,72 +400,6 @@ class Watcher:
             os.kill(self.pid, signal.SIGKILL)
 
 
-class StatusFile:
-    """`heartbeat.json` and `heartbeat.log` of the run: written by a thread, since the disk may be what hangs.
-
-    Args:
-        folder: Of the run.
-        hub: Whose members are described.
-    """
-
-    def __init__(self, folder: Path, hub: Hub) -> None:
-        self._folder, self._hub = folder, hub
-        self._written = 0.0
-        self._thread: threading.Thread | None = None
-
-    def write(self, now: float) -> None:
-        """What all ranks do, every few seconds, for people to look at."""
-        if now - self._written >= _STATUS_SECONDS:
-            self._written = now
-            table = [_row(member, now) for _, member in sorted(self._hub.members.items())]
-            text = json.dumps({"time": _clock(), "ranks": table}, indent=1)
-            self._start(lambda: self._replace(text))
-
-    def report(self, reason: str, stacks: Mapping[int, str]) -> None:
-        """Add why the run has ended, and the stacks, to the log."""
-        parts = [f"{_clock()} {reason}\n"]
-        parts += [f"stack of rank {rank}:\n{text}\n" for rank, text in sorted(stacks.items())]
-        self._start(lambda: self._append("".join(parts)))
-
-    def close(self) -> None:
-        """Give the thread a moment to finish."""
-        if self._thread is not None:
-            self._thread.join(GRACE)
-
-    def _start(self, action: Callable[[], None]) -> None:
-        if self._thread is not None:
-            self._thread.join(0 if self._thread.is_alive() else None)
-            if self._thread.is_alive():
-                return  # the disk hangs; the next time, perhaps
-        self._thread = threading.Thread(target=_ignoring_errors, args=(action,), daemon=True)
-        self._thread.start()
-
-    def _replace(self, text: str) -> None:
-        temporary = self._folder / ".heartbeat.json.tmp"
-        temporary.write_text(text + "\n")
-        temporary.replace(self._folder / "heartbeat.json")
-
-    def _append(self, text: str) -> None:
-        with open(self._folder / "heartbeat.log", "a") as file:
-            file.write(text)
-
-
-def _ignoring_errors(action: Callable[[], None]) -> None:
-    """A full or missing disk must not end a run that is well."""
-    try:
-        action()
-    except OSError:
-        pass
-
-
-def _row(member: Member, now: float) -> dict[str, Any]:
-    beat = member.beat
-    return {
-        "rank": member.rank, "host": member.host, "pid": member.pid, "phase": beat.phase, "step": beat.step,
-        "beats": beat.count, "seconds_without_progress": round(beat.age + now - member.heard, 1), "left": member.left,
-    }  # fmt: skip
-
-
 def _same(stacks: Mapping[int, str]) -> dict[str, list[int]]:
     """Ranks by stack: in a hang most have the same."""
     found: dict[str, list[int]] = {}
@@ -483,10 +416,6 @@ def _without_watch(stack: str) -> str:
 
 def _plain(beat: Beat) -> list[Any]:
     return list(vars(beat).values())
-
-
-def _clock() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def say(text: str) -> None:
