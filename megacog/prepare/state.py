@@ -20,7 +20,7 @@ from typing import Any
 from megacog.data.shards import shard_path
 from megacog.errors import ConfigError, DataError, EnvError
 from megacog.prepare.sources import Failure
-from megacog.runtime.files import atomic_file, require_space, sync_directory
+from megacog.runtime.files import atomic_file, require_space, sync_directory, write_json
 
 FORMAT = "megacog-prepare"
 FAILED = "failed.jsonl"
@@ -133,7 +133,7 @@ class PartialOutput:
                 f"{strays[0]} exists already, and no {self.manifest_path.name} says what it was made from. "
                 "Choose another --out, or pass --overwrite to replace it."
             )
-        _write_json(path, settings)
+        write_json(path, settings)
 
     def require_shared(self) -> None:
         """Checks that this process sees what rank 0 has begun.
@@ -171,7 +171,7 @@ class PartialOutput:
 
     def finish_slice(self, part: Part, index: int, record: SliceRecord) -> None:
         """Notes that a slice and its shard are complete."""
-        _write_json(self._record_path(part, index), asdict(record))
+        write_json(self._record_path(part, index), asdict(record))
 
     def _record_path(self, part: Part, index: int) -> Path:
         return self.slice_path(part, index).with_suffix(".json")
@@ -205,12 +205,12 @@ class PartialOutput:
             "failed": len(lost),
         }
         write_failures(self.stem, lost)
-        _write_json(self.folder / "final.json", names)
+        write_json(self.folder / "final.json", names)
         for name, final in names.items():
             if (self.folder / name).is_file():
                 os.replace(self.folder / name, self.stem.parent / final)
         sync_directory(self.stem.parent)
-        _write_json(self.manifest_path, manifest)
+        write_json(self.manifest_path, manifest)
         self.remove()
         return manifest
 
@@ -335,9 +335,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(stored, dict):
         raise DataError(f"{path} is not what launch/prepare.py wrote. Pass --overwrite to start again.")
     return stored
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with atomic_file(path, "w") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")

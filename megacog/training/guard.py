@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from megacog.config.schema import WatchConfig
 from megacog.errors import MegacogError
-from megacog.runtime.files import atomic_file
+from megacog.runtime.files import write_json
 from megacog.runtime.log import SHARED, get_logger
 from megacog.training.spikes import Spikes
 
@@ -135,9 +134,7 @@ class Guard:
             ],
         }  # fmt: skip
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path, "w") as file:
-                json.dump(content, file, indent=1, ensure_ascii=False)
+            write_json(path, content)
         except (OSError, MegacogError) as error:
             log.warning("%s could not be written: %s", path, error)
         return f"{ids} (losses in {path})"

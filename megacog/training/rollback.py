@@ -16,7 +16,7 @@ from megacog.checkpoint.discovery import list_checkpoints
 from megacog.data.batch import Batch
 from megacog.data.loader import TrainingBatches
 from megacog.errors import CheckpointError, MegacogError
-from megacog.runtime.files import atomic_file
+from megacog.runtime.files import write_json
 from megacog.runtime.log import get_logger
 
 log = get_logger(__name__)
@@ -66,8 +66,7 @@ class Rollbacks:
 
     def write(self, run_dir: Path) -> None:
         """Keep them."""
-        with atomic_file(run_dir / FILE_NAME, "w") as file:
-            json.dump([asdict(entry) for entry in self.entries], file, indent=1)
+        write_json(run_dir / FILE_NAME, [asdict(entry) for entry in self.entries])
 
 
 def read_rollbacks(run_dir: Path) -> Rollbacks:

@@ -138,11 +138,12 @@ def generators(run_dir: Path, rank: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_bad_batch_of_one_rank_is_skipped_by_all_and_five_in_a_row_end_the_run(runs: Runs, engine: str) -> None:
     name = f"{engine}-bad"
-    for outcome in runs.outcomes(name):
+    for rank, outcome in enumerate(runs.outcomes(name)):
         assert outcome["changed"] == [2, 4], "weights or optimizer states changed in a skipped step"
         assert outcome["error"].startswith("step 9: loss nan, gradient norm ")
         assert "5 steps in a row were not finite; stopped" in outcome["error"]
-        assert "train-" in outcome["error"], "the samples are named"
+        assert ("train-" in outcome["error"]) == (rank == 1), "the samples are named by the rank that has them"
+        assert ("samples: not those of this rank" in outcome["error"]) == (rank == 0)
     records = runs.records(name, "train")
     assert [record["applied"] for record in records] == [step not in BAD_STEPS for step in range(1, 9)]
     for record, expected in zip(records, runs.records("torch-bad", "train"), strict=True):
