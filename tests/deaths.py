@@ -84,15 +84,30 @@ def count_operations(work: Callable[[], object]) -> int:
 
 def die_after(last: int, work: Callable[[], object]) -> None:
     """Do `work` in a child process that dies right after operation `last`."""
+    await_death(start_dying(last, work), last)
+
+
+def start_dying(last: int, work: Callable[[], object]) -> int:
+    """The pid of a child process that does `work` and dies right after operation `last`."""
     child = os.fork()
     if child == 0:
         try:
-            _install(_Counter(last))
+            arm(last)
             work()
         finally:
             os._exit(0)
+    return child
+
+
+def await_death(child: int, last: int) -> None:
+    """Wait for what `start_dying` has started."""
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == _CODE, f"operation {last} was not reached"
+
+
+def arm(last: int) -> None:
+    """This process dies right after its operation `last` from now on."""
+    _install(_Counter(last))
 
 
 def _install(counter: _Counter) -> None:

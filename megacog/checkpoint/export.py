@@ -2,7 +2,7 @@
 
     <export>/config.yaml            the run's resolved configuration
     <export>/model-00001.safetensors ...  whole (unsharded, unpadded) tensors in their own dtype
-    <export>/manifest.json          format, every tensor's file, every file with size and sha256, steps of training
+    <export>/manifest.json          format, every tensor's file, every file with size and sha256, steps, own crc32
     <export>/text_tokenizer/  <export>/frame_tokenizer/
 
 Weights that come from elsewhere may be exported without tokenizers: such an export can be trained on with the
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ TEXT_TOKENIZER = "text_tokenizer"
 FRAME_TOKENIZER = "frame_tokenizer"
 TOKENIZERS = (TEXT_TOKENIZER, FRAME_TOKENIZER)
 _MANIFEST = "manifest.json"
+_MANIFEST_KEYS = {"format", "version", "tensors", "files", "steps", "crc32"}
 KIND = FolderKind(_MANIFEST, FORMAT)
 _logger = get_logger(__name__)
 
@@ -188,6 +190,9 @@ def open_export(path: Path, verify: bool = False) -> Export:
                 f"{manifest_path} says {manifest['format']} version {manifest['version']}, "
                 f"this megacog reads {FORMAT} version {VERSION}"
             )
+        own = _checksum(manifest)  # which manifests of former versions lack
+        if not manifest.keys() <= _MANIFEST_KEYS or manifest.get("crc32", own) != own:
+            raise ValueError("checksum differs")
         files, tensors = dict(manifest["files"]), dict(manifest["tensors"])
         inside = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in files.items()}
         steps = {stage: int(count) for stage, count in manifest.get("steps", {}).items()}
@@ -291,7 +296,16 @@ def _shards(tensors: Mapping[str, Tensor | Deferred]) -> Iterator[list[str]]:
 
 
 def _manifest_text(manifest: Mapping[str, Any]) -> str:
-    return json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    return _plain_text({**manifest, "crc32": _checksum(manifest)}) + "\n"
+
+
+def _plain_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=True)
+
+
+def _checksum(manifest: Mapping[str, Any]) -> int:
+    """Of a manifest's content, its own checksum left out."""
+    return zlib.crc32(_plain_text({key: value for key, value in manifest.items() if key != "crc32"}).encode())
 
 
 def _file_table(folder: Path) -> dict[str, dict[str, int | str]]:

@@ -248,7 +248,9 @@ class Saver:
         return complete
 
     def close(self) -> None:
-        """Wait until old checkpoints are removed. Not collective."""
+        """Remove old checkpoints, those too that a former process did not come to, and wait for it. Not collective."""
+        if rank_and_size()[0] == 0:
+            self._remove(retire_old(self._run_dir, self._retention))
         self._wait_for_removal()
 
     def _take_over(self) -> None:

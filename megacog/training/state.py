@@ -284,7 +284,7 @@ class RunState:
         return saved
 
     def close(self) -> None:
-        """Wait until old checkpoints are removed."""
+        """Remove old checkpoints and wait for it."""
         self._saver.close()
 
     def export(self, text_tokenizer: Path, frame_tokenizer: Path) -> Path:
@@ -293,6 +293,7 @@ class RunState:
         Raises:
             CheckpointError: It could not be written.
         """
+        self.close()  # a run that was resumed at its last step has not been through it
         rank, _ = rank_and_size()
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():

@@ -1,0 +1,249 @@
+"""`soak.py goodput`: how much of the bare step rate is left with everything that a run does besides, and with a kill.
+
+Bare steps compute on one batch in memory and nothing else. Then the same model trains with loader processes, log
+lines, metrics.jsonl, TensorBoard, evaluations and asynchronous saves, is killed at a random moment near the middle,
+started again, and ends; then bare steps again. Goodput is the run's rate over the bare rate, without the time from the
+kill until the steps that were lost have been made again.
+
+On a machine that others use, too, clocks say more about the others. So there are two more figures, for which that
+cancels out: the processor time of a bare step over that of the run's process per step, and the share of the run's time
+in which it was computing steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megacog.config.load import load_config
+from megacog.errors import EXIT_DONE, EXIT_FAULT, EnvError
+from megacog.metrics.record import FILE_NAME as METRICS
+from megacog.metrics.record import read_records
+from megacog.parallel.groups import build_process_groups
+from megacog.planning.plan import accumulation_steps
+from megacog.runtime.files import write_json
+from megacog.runtime.ranks import discover
+from megacog.training import pretrain
+from megacog.training.soak_inputs import make_inputs, settings, write_config
+from megacog.training.soak_ranks import ForkedRanks, fork
+from megacog.training.soak_record import Line, SoakRecord
+from megacog.training.synthetic import random_engine, random_inputs
+
+SOAK = "goodput"
+GOAL = 0.97
+_SAVES = 15
+"""Of a run: every 2 minutes of 30."""
+_BARE_SHARE = 0.1
+"""Of the time, before the run and again after it."""
+_WARM_UP = 3
+"""First steps of every process that do not count: memory is touched for the first time."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bare:
+    """Bare steps."""
+
+    steps: int
+    seconds: float
+    """Mean of one."""
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of one process in a row."""
+
+    steps: int
+    seconds: float
+    """From the end of the step before the first to that of the last."""
+    step_seconds: float
+    """Of these, in steps and not waiting for data."""
+    cpu_seconds: float
+
+    @staticmethod
+    def between(records: Sequence[Record], cpu: Sequence[tuple[int, float]], after: int) -> Stretch:
+        """Of the records of training of one process, the steps later than `after`.
+
+        Args:
+            records: In order.
+            cpu: Steps and processor seconds up to them.
+            after: A recorded step.
+        """
+        start = next(record for record in records if record["step"] == after)
+        counted = [record for record in records if record["step"] > after]
+        computing = sum(record["seconds"] * (1 - record["data_wait"]) for record in counted)
+        points = [point for point in cpu if point[0] >= after]
+        rate = statistics.linear_regression([x for x, _ in points], [y for _, y in points]).slope
+        return Stretch(len(counted), counted[-1]["time"] - start["time"], computing, rate * len(counted))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure once; 1 if the goal is missed. What was interrupted starts again from its beginning."""
+    parser = argparse.ArgumentParser(prog="soak.py goodput", description=__doc__)
+    add = parser.add_argument
+    add("--record", type=Path, required=True, help="JSON lines, to which the measurement is added")
+    add("--minutes", type=float, default=30.0, help="of the run; there is a save every 1/15 of it (default: 30)")
+    add("--engine", choices=["deepspeed", "torch"], default="deepspeed", help="default: deepspeed, ZeRO 1")
+    add("--width", type=int, default=256, help="of the model of 4 layers (default: 256)")
+    add("--workers", type=int, default=1, help="loader processes (default: 1)")
+    add("--seed", type=int, default=1, help="of the moment of the kill (default: 1)")
+    add("--folder", type=Path, help="of the run (default: the record's name with .run)")
+    arguments = parser.parse_args(argv)
+    record = SoakRecord(arguments.record, SOAK)
+    folder = (arguments.folder or arguments.record.with_suffix(".run")).resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    record.begin({name: str(value) for name, value in vars(arguments).items()})
+    seconds = 60 * arguments.minutes
+    _in_child(lambda: make_inputs(folder / "inputs"))
+    before = _bare(folder, arguments, _BARE_SHARE * seconds)
+    print(f"bare: {before.steps} steps of {before.seconds:.3f} s", flush=True)
+    steps = max(40, round(seconds / before.seconds))
+    stretches, lost, restart = _disturbed_run(folder, arguments, steps)
+    after = _bare(folder, arguments, _BARE_SHARE * seconds)
+    line = {
+        "bare": [asdict(before), asdict(after)], "stretches": [asdict(stretch) for stretch in stretches],
+        "lost": lost, "restart_seconds": restart, "save_every": max(1, steps // _SAVES),
+    }  # fmt: skip
+    record.add("end", **line)
+    print(summary(line))
+    return EXIT_DONE if goodput(line)["clock"] >= GOAL else EXIT_FAULT
+
+
+def _config(folder: Path, arguments: argparse.Namespace, steps: int) -> Path:
+    values = settings(
+        folder / "inputs", folder / "run", "sequential", engine=arguments.engine, steps=steps,
+        zero_stage=1 if arguments.engine == "deepspeed" else 0, eval_every=max(1, steps // 5), eval_batches=1,
+        learning_rate=1e-4, gradient_clip=1.0, log_every=1,
+    )  # fmt: skip
+    values["train"]["stage"] = "base"
+    values["model"] |= {"num_layers": 4, "hidden_size": arguments.width}
+    values["data"]["workers"] = arguments.workers
+    values["checkpoint"] = {"every": max(1, steps // _SAVES), "keep_last": 2}
+    values["metrics"] = {"tensorboard": True}
+    return write_config(folder / "config.yaml", values)
+
+
+def _bare(folder: Path, arguments: argparse.Namespace, seconds: float) -> Bare:
+    path = folder / "bare.json"
+    config = _config(folder, arguments, steps=40)
+    _in_child(lambda: write_json(path, asdict(_bare_steps(config, seconds))))
+    return Bare(**json.loads(path.read_text()))
+
+
+def _bare_steps(path: Path, seconds: float) -> Bare:
+    discover()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    config = load_config(path)
+    config = pretrain.resolve(config, pretrain.open_tokenizers(config))
+    engine = random_engine(config, torch.device("cpu"), build_process_groups(1))
+    inputs, micro_batches = random_inputs(config, torch.device("cpu")), accumulation_steps(config, 1)
+    clocks: list[tuple[float, float]] = []
+    while len(clocks) <= 2 * _WARM_UP or clocks[-1][0] - clocks[_WARM_UP][0] < seconds:
+        for _ in range(micro_batches):
+            engine.backward(engine.forward(**inputs).loss)
+        engine.step(1e-4)
+        clocks.append((time.perf_counter(), time.process_time()))
+    counted = len(clocks) - 1 - _WARM_UP
+    wall, cpu = (clocks[-1][i] - clocks[_WARM_UP][i] for i in (0, 1))
+    return Bare(counted, wall / counted, cpu / counted)
+
+
+def _disturbed_run(folder: Path, arguments: argparse.Namespace, steps: int) -> tuple[list[Stretch], int, float]:
+    """What counts of both processes, the steps that were lost, and the seconds until they had been made again."""
+    command = ["--config", str(_config(folder, arguments, steps))]
+    kill_at = random.Random(arguments.seed).randint(round(0.4 * steps), round(0.6 * steps))
+    cpu = _watch(ForkedRanks(command, 1, folder / "log-0.txt"), folder / "run", steps, kill_at)
+    killed = time.time()
+    first = _training(folder / "run")
+    reached = first[-1]["step"]
+    print(f"killed after step {reached}", flush=True)
+    cpu_again = _watch(ForkedRanks(command, 1, folder / "log-1.txt"), folder / "run", steps, None)
+    records = _training(folder / "run")
+    again = [record for record in records if record["time"] > killed]
+    redone = max(reached, again[0]["step"] + _WARM_UP)
+    stretches = [Stretch.between(first, cpu, _WARM_UP), Stretch.between(again, cpu_again, redone)]
+    restart = next(record["time"] for record in again if record["step"] == redone) - killed
+    return stretches, reached - again[0]["step"] + 1, restart
+
+
+def _watch(ranks: ForkedRanks, run_dir: Path, steps: int, kill_at: int | None) -> list[tuple[int, float]]:
+    """Processor seconds by step, until the run ends or is killed."""
+    found: list[tuple[int, float]] = []
+    try:
+        while ranks.poll() == [None]:
+            time.sleep(0.5)
+            training = _training(run_dir)
+            step = training[-1]["step"] if training else 0
+            found.append((step, _cpu_seconds(ranks.pids[0])))
+            if sys.stderr.isatty() or len(found) % 60 == 0:
+                print(f"step {step}/{steps}", flush=True)
+            if kill_at is not None and step >= kill_at:
+                return found[:-1]
+    finally:
+        ranks.kill()
+    if ranks.poll() != [0]:
+        raise EnvError(f"the run ended with code {ranks.poll()[0]}: see the logs in {run_dir.parent}")
+    return found[:-1]  # the last look may have come after the end
+
+
+def _training(run_dir: Path) -> list[Record]:
+    path = run_dir / METRICS
+    return [record for record in read_records(path) if record["kind"] == "train"] if path.exists() else []
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of all threads, not of other processes."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _in_child(work: Any) -> None:
+    """Do what computes in a process of its own: this one is to be forked."""
+    code = os.waitstatus_to_exitcode(os.waitpid(fork(lambda: work() and EXIT_DONE), 0)[1])
+    if code != 0:
+        raise EnvError(f"a process ended with code {code}; see its error above")
+
+
+def goodput(line: Line) -> dict[str, float]:
+    """By clock, by processor time, and the share of the run in steps."""
+    bare, stretches = [Bare(**x) for x in line["bare"]], [Stretch(**x) for x in line["stretches"]]
+    steps, seconds = sum(x.steps for x in stretches), sum(x.seconds for x in stretches)
+    return {
+        "clock": statistics.mean(x.seconds for x in bare) * steps / seconds,
+        "processor": statistics.mean(x.cpu_seconds for x in bare) * steps / sum(x.cpu_seconds for x in stretches),
+        "in steps": sum(x.step_seconds for x in stretches) / seconds,
+    }
+
+
+def summary(line: Line) -> str:
+    """What was measured."""
+    found = goodput(line)
+    bare = " and ".join(f"{x['seconds']:.4f} s ({x['cpu_seconds']:.4f} s of processor)" for x in line["bare"])
+    steps = sum(x["steps"] for x in line["stretches"])
+    seconds = sum(x["seconds"] for x in line["stretches"])
+    return (
+        f"{steps} steps in {seconds / 60:.1f} min with a save every {line['save_every']} steps; a bare step before "
+        f"and after: {bare}\ngoodput {found['clock']:.4f} by the clock (goal {GOAL}), {found['processor']:.4f} by "
+        f"processor time; {found['in steps']:.4f} of the time in steps\none kill: {line['lost']} steps lost, made "
+        f"again {line['restart_seconds']:.1f} s after it"
+    )
