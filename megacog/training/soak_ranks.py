@@ -6,7 +6,6 @@ they run is the same `megacog.training.pretrain.main` as a command's, which laun
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -23,11 +22,11 @@ from typing import NoReturn
 
 from megacog.errors import EXIT_FAULT
 from megacog.runtime.cli import run
+from megacog.runtime.processes import die_with
 from megacog.training import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
 _MARK = "MEGACOG_SOAK"
-_PR_SET_PDEATHSIG = 1
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -166,11 +165,10 @@ def fork(work: Callable[[], int | None]) -> int:
         return pid
     code = EXIT_FAULT
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with(parent)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        if os.getppid() == parent:
-            code = work() or 0
+        code = work() or 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else EXIT_FAULT
     except BaseException:
