@@ -43,8 +43,8 @@ from megacog.training.soak_record import Line
 STEPS = 12
 EVERY = 2
 """Steps between checkpoints."""
-PATIENCE = 120.0
-"""Seconds after which something that should have ended counts as hanging; the machine may be busy."""
+PATIENCE = 600.0
+"""Seconds after which something that should have happened counts as hanging; the machine may be very busy."""
 _TIMES = ("seconds", "tokens_per_second", "tflops", "hardware_tflops", "mfu", "hfu", "memory_gib", "data_wait", "time")
 """What metrics say about the machine, not about the run."""
 _MODULES = "modules.txt"
