@@ -8,6 +8,7 @@ third step noted. Each layout then resumes each checkpoint: the hash must be the
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import logging
@@ -238,6 +239,7 @@ def _run_world(ranks: int, work: Callable[[], None]) -> None:
 
 def _be_a_rank(rank: int, ranks: int, parent: int, folder: str, work: Callable[[], None]) -> None:
     die_with(parent)
+    gc.freeze()  # what the parent has left is not for a fork to take apart
     logging.disable(logging.WARNING)  # that layouts change is the point
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}

@@ -24,7 +24,8 @@ MPI_RANK = {
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment of no launcher, to be changed."""
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI"))]:
+    others = ("SLURM_", "OMPI_", "PMI", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+    for name in [name for name in os.environ if name.startswith(others)]:
         monkeypatch.delenv(name)
     return monkeypatch
 
