@@ -51,6 +51,7 @@ def train(world: Path, run_dir: Path) -> int:
     )
     values["model"]["inherit"] = str(world / "base/export")
     values["data"]["eval"] = []
+    values["watch"] = {"enabled": False}  # a watcher outlives its rank by a moment, in which it writes
     values["checkpoint"] = {"every": 1, "keep_last": 1, "asynchronous": False}
     return pretrain.main(["--config", str(write_config(run_dir.with_suffix(".yaml"), values))])
 
