@@ -58,7 +58,14 @@ finish() {
     local newest faults="$logs/$job.faults"
     case "$1" in
         0) say "done"; last_job ;;
-        85) next_job "saved and stopped" ;;
+        85)
+            if [ -e "$run_dir/STOP" ]; then
+                say "saved and stopped by $run_dir/STOP: not started again"
+                last_job
+            else
+                next_job "saved and stopped"
+            fi
+            ;;
         2 | 75) say "wrong configuration or command line (exit code $1): not started again"; last_job ;;
         *)
             newest="$(place)"

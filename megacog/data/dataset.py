@@ -148,6 +148,7 @@ class StageDataset:
         self.layout = stage_layout(config.model, train.stage)
         self.rule = RateRule(train.stage, self.layout.grid.frames, data.rates, data.base_frame)
         self.codebook_size = config.model.image_vocab_size
+        self._text_vocab_size = config.model.text_vocab_size
         self.texts = Texts(text, config.model.num_frames)
         self._video_share = data.base_video_share if train.stage == "base" else 0.0
         self._video_rule = RateRule("sequential", config.model.num_frames, data.rates)
@@ -213,6 +214,8 @@ class StageDataset:
         codes_TP = shard.read(local, window.indices).reshape(window.frames, -1)
         dropped = unit(numbers[3]) < self._dropout
         text = self.texts.of(shard, local, span_seconds, dropped)
+        self._check_range(shard, local, "code", codes_TP, self.codebook_size)
+        self._check_range(shard, local, "text token", text, self._text_vocab_size)
         context_TP = self._corrupt(codes_TP, numbers[4:6]) if self._corruption else codes_TP
         return text, codes_TP, context_TP, window.fps, _sample_id(shard.clip_ids[local], window)
 
@@ -228,6 +231,16 @@ class StageDataset:
                 return Window(frame, 1, 0.0, 1), video.span_seconds
         window = self.rule.window(length, self.rule.feasible(length, fps, min_fps), numbers[:3])
         return window, window.span_seconds
+
+    @staticmethod
+    def _check_range(shard: Shard, clip: int, what: str, ids: Sequence[int] | NDArray[Any], size: int) -> None:
+        """An id that is too large would be an illegal address on a GPU, or somebody else's embedding."""
+        lowest, highest = int(np.min(ids)), int(np.max(ids))
+        if lowest < 0 or highest >= size:
+            raise DataError(
+                f"{shard.path}: clip {shard.clip_ids[clip]}: {what} {lowest if lowest < 0 else highest} is outside "
+                f"0..{size - 1}, what the model has. Prepare the shard again, with the tokenizers of this run"
+            )
 
     def _mark_used(self, shard: Shard) -> None:
         """Closes the shard that was not used for longest when too many are open."""

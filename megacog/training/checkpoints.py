@@ -30,6 +30,8 @@ class Checkpoints:
         self._state = state
         self._config = config
         self._recorder = recorder
+        self.seconds: float | None = None
+        """What the last one took, from its step to its name."""
         self._begun = 0
         """The step whose checkpoint was begun last."""
 
@@ -82,6 +84,7 @@ class Checkpoints:
     def _tell(self, saved: Saved | None) -> None:
         if saved is None:
             return
+        self.seconds = saved.seconds
         speed = saved.bytes / saved.seconds
         log.info(
             "step %d | checkpoint complete: %.3g MB in %.3g s (%.3g MB/s), training stood still for %.3g s",

@@ -139,6 +139,8 @@ def _become_rank(arguments: list[str], rank: int, ranks: int, port: int, output:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    # The caller may have replaced them, as pytest does.
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     try:
         run(lambda: pretrain.main(arguments), leave=os._exit)
     except SystemExit as left:

@@ -5,6 +5,7 @@ Tensor suffixes: Q predicted frames.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from megacog.model.transformer import LossOutput
 from megacog.runtime.faults import fault_point
 from megacog.runtime.hardware import memory_gib
 from megacog.runtime.heartbeat import alive, beat
-from megacog.runtime.log import get_logger
+from megacog.runtime.log import SHARED, get_logger
 from megacog.runtime.signals import StopFlag
 from megacog.training.checkpoints import Checkpoints
 from megacog.training.engine import Engine
@@ -94,6 +95,7 @@ class Loop:
     switches: Switches | None = None
     roll_back: Callable[[int, float], bool] | None = None
     guard: Guard = field(init=False)
+    _warned: bool = field(default=False, init=False)
     rolled_back: bool = field(default=False, init=False)
     """The run has left after a spike; its next start goes on from an older step."""
 
@@ -113,6 +115,7 @@ class Loop:
             speed = self.throughput.step(train.global_batch_size)
             if report.written:
                 self.checkpoints.advance()
+                self.warn_of_short_lead(speed.seconds)
             spike = self.guard.check(step, report.loss, report.grad_norm, report.applied, report.micro_batches)
             stop, evaluation_loss = report.stop, None
             if due(step, train.log_every) or step == train.steps or stop:
@@ -148,6 +151,18 @@ class Loop:
             self.checkpoints.save(step, evaluation_loss)
         if wanted and self.switches is not None:
             self.switches.saved()
+
+    def warn_of_short_lead(self, step_seconds: float) -> None:
+        """Say once if a scheduler's warning comes too late for a step and a save, with as much to spare."""
+        lead, saving = self.config.cluster.save_seconds, self.checkpoints.seconds
+        if self._warned or saving is None or "SLURM_JOB_ID" not in os.environ:
+            return
+        self._warned = True
+        if lead < 2 * (step_seconds + saving):
+            log.warning(
+                "a step takes %.0f s and a save %.0f s: cluster.save_seconds %d, from SLURM's signal to the end of the "
+                "job, should be at least twice their sum", step_seconds, saving, lead, extra=SHARED,
+            )  # fmt: skip
 
     def train_step(self, batches: Iterator[Batch], step: int) -> StepReport:
         """Forward and backward over all micro batches, then one optimizer step."""

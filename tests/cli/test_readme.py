@@ -211,7 +211,8 @@ def test_every_option_named_in_the_text_exists() -> None:
     texts += [path.read_text(encoding="utf-8") for path in tools]
     foreign = ["--num_accelerators", "--gpus-per-node", "--logdir"]  # of deepspeed, srun and tensorboard
     foreign += ["--shutdown-timeout", "--signals-to-handle", "--signal", "-TERM", "-f"]  # of torchrun, scancel, pkill
-    foreign += ["--nodes", "--ntasks-per-node", "--container-image", "--mpi", "--map-by", "--bind-to", "-x"]  # of srun and mpirun
+    foreign += ["--nodes", "--ntasks-per-node", "--container-image", "--mpi"]  # of srun
+    foreign += ["--map-by", "--bind-to", "-x"]  # of mpirun
     foreign += ["--launcher", "--hostfile", "-l"]  # of deepspeed and ulimit
     known = "\n".join([*texts, *foreign])
     for page in PAGES:

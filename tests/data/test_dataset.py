@@ -48,6 +48,15 @@ def test_a_sample_is_the_window_its_id_names_with_its_caption_and_real_span(
     assert len(set(batch.sample_ids)) > 5
 
 
+@pytest.mark.parametrize(("model", "what"), [({"image_vocab_size": 9}, "code 15"), ({"text_vocab_size": 5}, "token")])
+def test_ids_that_the_model_has_not_are_an_error_with_shard_and_clip(
+    write_clips: Write, make_config: Make, text: TextTokenizer, model: dict[str, int], what: str
+) -> None:
+    path = write_clips("a.h5", CLIPS)
+    with pytest.raises(DataError, match=rf"{path}: clip \S+: .*{what} \d* ?is outside 0\.\."):
+        stage_dataset(make_config([path], model=model), text).batch(0, range(20))
+
+
 def test_each_epoch_shows_every_clip_once_at_new_places(
     write_clips: Write, make_config: Make, text: TextTokenizer
 ) -> None:

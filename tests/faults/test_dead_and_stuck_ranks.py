@@ -10,7 +10,7 @@ from tiny_run import make_inputs, settings, write_config
 from megacog.training.fault_times import Case, measure, summary
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
-LIMIT = 6.0
+LIMIT = 4.0
 CASES = [
     ("kill", "data", 0), ("kill", "forward", 1), ("kill", "backward", 0), ("kill", "step", 1), ("kill", "evaluate", 1),
     ("kill", "save", 0), ("kill", "save", 1), ("kill", "load", 1), ("stop", "data", 1), ("stop", "forward", 0),
