@@ -134,6 +134,7 @@ class Runs:
             steps=STEPS, precision="fp32" if layout.stage == "base" else "bf16", global_batch_size=4,
             eval_every=8, eval_batches=1, learning_rate=3e-3, gradient_clip=1.0,
         )  # fmt: skip
+        values["model"] |= {"embedding_dropout": 0.1, "mlp_dropout": 0.1}  # so that generators matter
         if layout.stage != "base":
             values["model"]["inherit"] = str(self.folder / "base/run/export")
         values["checkpoint"] = {"every": EVERY, "keep_last": 2, "asynchronous": layout.asynchronous}
