@@ -16,9 +16,10 @@ from pathlib import Path
 from megacog.errors import EXIT_DONE, EXIT_FAULT
 from megacog.runtime.hardware import available_cores
 from megacog.training.soak_inputs import make_inputs
-from megacog.training.soak_kills import EVERY, Runs, run_trial
+from megacog.training.soak_kills import run_trial
 from megacog.training.soak_ranks import fork
 from megacog.training.soak_record import Line, SoakRecord, quantile
+from megacog.training.soak_runs import EVERY, Runs
 
 SOAK = "kills"
 _LAUNCHERS = ("deepspeed", "torchrun")

@@ -14,8 +14,8 @@ from run_ranks import ROOT, python_environment
 from megacog.errors import DataError
 from megacog.training import soak_goodput, soak_kills, soak_steps, soak_trials
 from megacog.training.soak_goodput import Stretch
-from megacog.training.soak_kills import STEPS, Failed, all_layouts, look_at
 from megacog.training.soak_record import SoakRecord, quantile
+from megacog.training.soak_runs import STEPS, Failed, all_layouts, look_at
 
 
 def test_a_record_outlives_a_torn_line_and_keeps_soaks_apart(tmp_path: Path) -> None:
