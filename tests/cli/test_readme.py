@@ -198,7 +198,7 @@ def test_every_option_of_a_shown_command_exists() -> None:
 
 def test_every_option_named_in_the_text_exists() -> None:
     scripts = [path.name for path in sorted((ROOT / "launch").glob("*.sh")) if path.name != "environment.sh"]
-    texts = [help_text(name) for name in (*scripts, "pretrain.py", "evaluate.py", "submit.py")]
+    texts = [help_text(name) for name in (*scripts, "pretrain.py", "evaluate.py", "submit.py", "supervise.py")]
     preparing = ("run", "records", "merge", "plan", "inspect", "verify", "digits")
     texts += [help_text("prepare.py", name) for name in preparing]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
