@@ -28,10 +28,10 @@ _SMALL_BUCKET = 100_000_000
 def suggestions(config: Config, cluster: Cluster) -> Iterator[str]:
     """Overrides with which the run fits, each verified, the fastest first.
 
-    What changes least is tried first: policies, micro batches and ways to cut the state that change no number; then
-    sums and bases of fewer bits, and an optimizer on the host; then sharing of models and samples.
+    Tried are policies and micro batches, alone and with ways to cut the state, sums and a base of fewer bits, and an
+    optimizer on the host; only if none fits, sharing of models and samples.
     """
-    for layouts in (_light_layouts(config), _saving_layouts(config), _shared_layouts(config)):
+    for layouts in ([*_light_layouts(config), *_saving_layouts(config)], _shared_layouts(config)):
         found = [each for each in _planned(config, cluster, layouts) if each is not None]
         worthwhile = [each for each in found if not _changes_too_much(each, found)]
         if worthwhile:

@@ -122,12 +122,15 @@ def test_a_plan_for_gpus_needs_no_triton(tmp_path: Path) -> None:
 def test_auto_is_the_reference_where_the_kernels_know_no_head_dim(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(SMALL)
 
-    def planned(*overrides: str) -> Plan:
+    def planned(*overrides: str) -> float:
         run = load_config(tmp_path / "run.yaml", ["model.hidden_size=192", *overrides])
-        return plan(run, cluster(gpus=8, memory=80, name="H100"), (), suggest=False)
+        parts = plan(run, cluster(gpus=8, memory=80, name="H100"), (), suggest=False).parts
+        assert parts
+        return parts["attention"]
 
-    assert planned("model.num_heads=2").peak == planned("model.num_heads=2", "train.kernels=reference").peak
-    assert planned("model.num_heads=3").peak == planned("model.num_heads=3", "train.kernels=triton").peak
+    assert planned("model.num_heads=2") == planned("model.num_heads=2", "train.kernels=reference")
+    assert planned("model.num_heads=3") == planned("model.num_heads=3", "train.kernels=triton")
+    assert planned("model.num_heads=3") != planned("model.num_heads=2")
     with pytest.raises(ConfigError, match="train.kernels: .* 16, 32, 64, 128, not 96"):
         planned("model.num_heads=2", "train.kernels=triton")
 
