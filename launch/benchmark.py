@@ -1,31 +1,35 @@
-"""Measures megacog on this machine: `python launch/benchmark.py NAME [--help]`, the names of BENCHMARKS below."""
+"""Measures megacog on this machine, one part each: `python launch/benchmark.py NAME [--help]`."""
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = {
-    "kernels": ROOT / "kernels/benchmarks/attention.py",
-    "fused": ROOT / "kernels/benchmarks/fused.py",
-    "tiles": ROOT / "kernels/benchmarks/sweep.py",
-    "fp8_products": ROOT / "kernels/benchmarks/fp8_products.py",
-    "cross_entropy": ROOT / "kernels/benchmarks/cross_entropy.py",
-    "train": ROOT / "megacog/training/benchmark.py",
-    "checkpoint": ROOT / "megacog/training/save_benchmark.py",
-    "prepare": ROOT / "megacog/prepare/benchmark.py",
-    "import": ROOT / "megacog/interop/benchmark.py",
-    "generate": ROOT / "megacog/generation/benchmark.py",
+    "kernels": ("kernels/benchmarks/attention.py", "attention kernels: exactness, time, useful TFLOP/s"),
+    "fused": ("kernels/benchmarks/fused.py", "norms and gates: time and bytes per second"),
+    "tiles": ("kernels/benchmarks/sweep.py", "attention kernels over tile sizes"),
+    "fp8_products": ("kernels/benchmarks/fp8_products.py", "products in e4m3 against bf16"),
+    "cross_entropy": ("kernels/benchmarks/cross_entropy.py", "head and loss: time and memory"),
+    "train": ("megacog/training/benchmark.py", "training steps: time, memory against the plan, shares of a profile"),
+    "checkpoint": ("megacog/training/save_benchmark.py", "what writing checkpoints costs a run"),
+    "prepare": ("megacog/prepare/benchmark.py", "preparation: clips per second by part"),
+    "import": ("megacog/interop/benchmark.py", "a checkpoint of the original's format: time and memory of its import"),
+    "generate": ("megacog/generation/benchmark.py", "decoding: tokens per second and bytes moved"),
 }
+"""Name -> program from the repository's root, help."""
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
-        print(f"usage: python launch/benchmark.py {{{','.join(BENCHMARKS)}}} [--help]", file=sys.stderr)
-        sys.exit(0 if "--help" in sys.argv[1:] or "-h" in sys.argv[1:] else 2)
-    script = BENCHMARKS[sys.argv.pop(1)]
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True)
+    for name, (_, what) in BENCHMARKS.items():
+        commands.add_parser(name, help=what, add_help=False)
+    script = ROOT / BENCHMARKS[parser.parse_args(sys.argv[1:2]).name][0]
+    del sys.argv[1]
     # Not the rooms of megacog: some of their modules have names of Python's own.
     beside = [] if script.is_relative_to(ROOT / "megacog") else [str(script.parent)]
     sys.path[:0] = [*beside, str(ROOT), str(ROOT / "kernels")]

@@ -37,7 +37,8 @@ PROOFS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="prove.py", description=__doc__)
+    what = "Proofs that docs/proof.md cites, one each; `prove.py NAME --help` tells more."
+    parser = argparse.ArgumentParser(prog="prove.py", description=what)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, what) in PROOFS.items():
         commands.add_parser(name, help=what, add_help=False)

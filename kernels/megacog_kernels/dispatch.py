@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Literal
 
@@ -19,6 +22,7 @@ Implementation = Literal["auto", "reference", "triton"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _log = logging.getLogger("megacog_kernels")
+_planned: ContextVar[bool] = ContextVar("planned", default=False)
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks while it traces
@@ -37,10 +41,29 @@ def choose(
     Raises:
         ValueError: Triton is asked for and cannot run, or the name is unknown.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    chosen, reason = _choose(implementation, device, dtype, unfit, interpreted or fake_tensors())
-    _say(f"{op} on {device.type} ({str(dtype).removeprefix('torch.')}, {size}): {chosen}, {reason}")
+    interpreted, planned = os.environ.get("TRITON_INTERPRET") == "1", _planned.get()
+    chosen, reason = _choose(implementation, device, dtype, unfit, interpreted or fake_tensors(), planned)
+    if not planned:
+        _say(f"{op} on {device.type} ({str(dtype).removeprefix('torch.')}, {size}): {chosen}, {reason}")
     return chosen
+
+
+@contextmanager
+def planned_for_gpu() -> Iterator[None]:
+    """Fake tensors stand for those of a GPU that Triton serves: `auto` takes what it would take there.
+
+    No kernel runs, so neither the GPU nor Triton need be here.
+    """
+    token = _planned.set(True)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def serves(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device."""
+    return _obstacle(device, torch.bfloat16, None, False, False) is None
 
 
 def fake_tensors() -> bool:
@@ -50,32 +73,38 @@ def fake_tensors() -> bool:
 
 @cache
 def _choose(
-    implementation: str, device: torch.device, dtype: torch.dtype, unfit: str | None, interpreted: bool
+    implementation: str, device: torch.device, dtype: torch.dtype, unfit: str | None, interpreted: bool, planned: bool
 ) -> tuple[str, str]:
     if implementation not in ("auto", "reference", "triton"):
         raise ValueError(f"implementation {implementation!r} is none of auto, reference, triton")
     if implementation == "reference":
         return "reference", "as asked"
-    obstacle = _obstacle(device, dtype, unfit, interpreted)
+    obstacle = _obstacle(device, dtype, unfit, interpreted, planned)
     if implementation == "triton":
         if obstacle:
             raise ValueError(f"implementation 'triton' cannot run: {obstacle}")
         return "triton", "as asked"
     if obstacle:
         return "reference", f"because {obstacle}"
+    if planned:
+        return "triton", "planned"
     if device.type == "cpu":
         return "reference", "because Triton only interprets kernels on CPUs"
     return "triton", f"on {torch.cuda.get_device_name(device)}"
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, unfit: str | None, interpreted: bool) -> str | None:
+def _obstacle(
+    device: torch.device, dtype: torch.dtype, unfit: str | None, interpreted: bool, planned: bool
+) -> str | None:
     """Why Triton cannot run, if so."""
-    if importlib.util.find_spec("triton") is None:
+    if not planned and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if unfit:
         return unfit
     if dtype not in DTYPES:
         return f"the kernels do not know {dtype}"
+    if planned:
+        return None
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return None if major >= 8 else f"the device has compute capability {major}.{minor}, 8.0 is needed"

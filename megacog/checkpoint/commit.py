@@ -52,8 +52,10 @@ def on_rank_0(action: Callable[[], T]) -> T:
 
     Raises:
         MegacogError: It failed; the same on every rank. An OSError becomes an EnvError or CheckpointError.
+        Exception: Any other one on rank 0 itself; elsewhere it is a CheckpointError.
     """
     rank, size = rank_and_size()
+    own: Exception | None = None
     outcome: list[tuple[T | None, MegacogError | None]] = [(None, None)]
     if rank == 0:
         try:
@@ -62,8 +64,12 @@ def on_rank_0(action: Callable[[], T]) -> T:
             outcome = [(None, error)]
         except OSError as error:
             outcome = [(None, environment_error(error) or CheckpointError(str(error)))]
+        except Exception as error:  # the others wait for an outcome, whatever it is
+            own, outcome = error, [(None, CheckpointError(_unexpected(error, rank)))]
     if size > 1:
         dist.broadcast_object_list(outcome, src=0)
+    if own is not None:
+        raise own
     result, problem = outcome[0]
     if problem is not None:
         raise problem
@@ -75,22 +81,32 @@ def on_all_ranks(action: Callable[[], T]) -> list[T]:
 
     Raises:
         CheckpointError: It failed somewhere; the same on every rank, naming the rank and its host.
+        Exception: Any but an OSError or a MegacogError, on the rank that raised it.
     """
     rank, size = rank_and_size()
+    own: Exception | None = None
     mine: tuple[T | None, str | None]
     try:
         mine = (action(), None)
     except (OSError, MegacogError) as error:
         mendable = environment_error(error) if isinstance(error, OSError) else None
         mine = (None, f"rank {rank} on {socket.gethostname()}: {mendable or error}")
+    except Exception as error:
+        own, mine = error, (None, _unexpected(error, rank))
     outcomes: list[tuple[T | None, str | None]] = [mine]
     if size > 1:
         outcomes = [(None, None)] * size
         dist.all_gather_object(outcomes, mine)
+    if own is not None:
+        raise own
     problems = [problem for _, problem in outcomes if problem is not None]
     if problems:
         raise CheckpointError("; ".join(problems))
     return [result for result, _ in outcomes]  # type: ignore[misc]
+
+
+def _unexpected(error: Exception, rank: int) -> str:
+    return f"rank {rank} on {socket.gethostname()}: {type(error).__name__}: {error}"
 
 
 def begin_folder(final: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 
@@ -11,20 +12,22 @@ from megacog.runtime.hardware import peak_tflops
 GIB = 2**30
 
 # Name: nominal memory in GiB, memory bandwidth in TB/s, bandwidth to the GPUs of the same node in GB/s one way, network
-# per GPU in Gbit/s of the vendor's reference system. Data sheets of the vendors.
-_DEVICES: dict[str, tuple[float, float, float, float]] = {
-    "H100": (80, 3.35, 450, 400),
-    "H200": (141, 4.8, 450, 400),
-    "B200": (180, 8.0, 900, 400),
-    "A100": (80, 2.04, 300, 200),
-    "A100-40GB": (40, 1.56, 300, 200),
-    "L40S": (48, 0.864, 32, 100),
-    "A40": (48, 0.696, 32, 100),
-    "RTX A6000": (48, 0.768, 32, 100),
-    "RTX 4090": (24, 1.01, 32, 100),
-    "RTX 3090": (24, 0.936, 32, 100),
-    "MI300X": (192, 5.3, 448, 400),
+# per GPU in Gbit/s of the vendor's reference system, NVIDIA's compute capability. Data sheets of the vendors.
+_DEVICES: dict[str, tuple[float, float, float, float, tuple[int, int] | None]] = {
+    "H100": (80, 3.35, 450, 400, (9, 0)),
+    "H200": (141, 4.8, 450, 400, (9, 0)),
+    "B200": (180, 8.0, 900, 400, (10, 0)),
+    "A100": (80, 2.04, 300, 200, (8, 0)),
+    "A100-40GB": (40, 1.56, 300, 200, (8, 0)),
+    "L40S": (48, 0.864, 32, 100, (8, 9)),
+    "A40": (48, 0.696, 32, 100, (8, 6)),
+    "RTX A6000": (48, 0.768, 32, 100, (8, 6)),
+    "RTX 4090": (24, 1.01, 32, 100, (8, 9)),
+    "RTX 3090": (24, 0.936, 32, 100, (8, 6)),
+    "MI300X": (192, 5.3, 448, 400, None),
 }
+_FP8_CAPABILITY = (8, 9)
+"""From which on NVIDIA's GPUs multiply e4m3 matrices, as `megacog.parallel.fp8` needs it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Device:
     """To other GPUs of its node, bytes/s in one direction."""
     network: float = 0
     """To other nodes, bytes/s in one direction, per GPU."""
+    triton: bool = True
+    """Whether Triton serves it; else `train.kernels: auto` takes the reference."""
+    no_fp8: str | None = None
+    """Why it multiplies no e4m3 matrices, if that is known."""
 
     @property
     def gpu(self) -> bool:
@@ -67,10 +74,16 @@ def find_device(name: str | None, memory_gib: float, precision: str) -> Device:
         found = max(matching, key=len, default=None)
     if found is None:
         what = f"a device of {memory_gib:g} GiB" if name is None else f"device {name!r}"
-        raise ConfigError(f"{what} is not known; --device takes {', '.join(_DEVICES)} or cpu")
-    _, bandwidth, link, network = _DEVICES[found]
+        raise ConfigError(f"{what} is not known; --device takes {', '.join(_DEVICES)} or cpu, with any memory")
+    _, bandwidth, link, network, capability = _DEVICES[found]
+    no_fp8 = None
+    if capability is None:
+        no_fp8 = f"{found} is none of NVIDIA's"
+    elif capability < _FP8_CAPABILITY:
+        no_fp8 = f"{found} has {capability[0]}.{capability[1]}"
     peak = peak_tflops(found, precision)
-    return Device(found, memory_gib, peak, bandwidth * 1e12, link * 1e9, network / 8 * 1e9)
+    speeds = (bandwidth * 1e12, link * 1e9, network / 8 * 1e9)
+    return Device(found, memory_gib, peak, *speeds, no_fp8=no_fp8)
 
 
 @dataclass(frozen=True)
@@ -80,12 +93,16 @@ class Assumptions:
     gemm_share: float = 0.73
     """Of the peak in matrix products: 720 of 989 TFLOP/s on an H200, estimated."""
     attention_share: float = 0.32
-    """Of the peak in attention at head dim 64, backward counted with five products: 320 of 989 TFLOP/s,
-    estimated from published kernels."""
+    """Of the peak in attention at head dim 64, counting the products that are computed: 320 of 989 TFLOP/s, estimated
+    from published kernels."""
     bandwidth_share: float = 0.85
     """Of the memory bandwidth in pointwise operators and the optimizer; a copy reaches 4.3 of 4.8 TB/s on an H200."""
     link_share: float = 0.8
     """Of the nominal bandwidth in collectives, within a node and between nodes."""
+    host_bandwidth: float = 100e9
+    """Of a node's memory in bytes/s, which its ranks share while an offloaded AdamW steps."""
+    pcie_bandwidth: float = 25e9
+    """Between host and one GPU in bytes/s, one way: of 32 GB/s that 16 lanes of PCIe 4 have."""
     latency: float = 30e-6
     """Seconds of one hop of a collective; a collective of n ranks has log2(n) hops."""
     spread: float = 0.01
@@ -99,7 +116,7 @@ class Assumptions:
         """With `name=value` settings applied.
 
         Raises:
-            ConfigError: An unknown name, or no number.
+            ConfigError: An unknown name, no number, or none that can be.
         """
         known = {field.name for field in fields(self)}
         values = {}
@@ -109,9 +126,20 @@ class Assumptions:
                 values[name] = float(value)
             except ValueError:
                 raise ConfigError(f"--assume {setting}: expected name=number") from None
-            if name not in known or values[name] < 0:
-                raise ConfigError(f"--assume {setting}: expected one of {', '.join(sorted(known))}, not negative")
+            if name not in known:
+                raise ConfigError(f"--assume {setting}: expected one of {', '.join(sorted(known))}")
+            least, most = _limits(name)
+            if not least <= values[name] <= most or not math.isfinite(values[name]):
+                limits = "not negative" if least == 0 else "positive" if most > 1 else "a share above 0, at most 1"
+                raise ConfigError(f"--assume {setting}: expected {limits}")
         return replace(self, **values)
+
+
+def _limits(name: str) -> tuple[float, float]:
+    """Of an assumption: what is divided by is not 0, and shares are shares."""
+    if name.endswith("_share"):
+        return math.ulp(0), 1
+    return (math.ulp(0) if name.endswith("_bandwidth") else 0), math.inf
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--gpus", metavar="NxGIB", help="GPUs per node and memory of each: 8x80; default: those of the cluster section"
     )
-    parser.add_argument("--nodes", type=_positive, help="default: cluster.nodes, or 1")
-    parser.add_argument("--device", help="H100, H200, A100, ..., or cpu; default: the usual one of that memory")
+    parser.add_argument("--nodes", type=positive, help="default: cluster.nodes, or 1")
+    parser.add_argument("--device", help="H100, H200, A100, ..., or cpu; default: by memory (80 GiB: H100)")
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="change an assumption")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
@@ -51,7 +51,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of things of a command line."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
@@ -59,7 +60,7 @@ def _positive(text: str) -> int:
 
 
 def _sizes(text: str) -> list[int]:
-    return [_positive(size) for size in text.split(",")]
+    return [positive(size) for size in text.split(",")]
 
 
 def _gpus(text: str | None, cluster: ClusterConfig) -> tuple[int, float]:

@@ -43,6 +43,23 @@ class Elements:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Bytes that are alive in one part of a step."""
+
+    name: str
+    """When it is, to go on a sentence."""
+    state: float
+    """That an engine holds, with the gradients on the weights."""
+    activations: float
+    more: float
+    """Besides: buffers, copies, gathered weights."""
+
+    @property
+    def bytes(self) -> float:
+        return self.state + self.activations + self.more
+
+
+@dataclass(frozen=True)
 class State:
     """Bytes that an engine holds on one rank."""
 
@@ -84,20 +101,26 @@ class State:
         """What is there before the first step."""
         return self.weights + self.masters + (0 if self.sums_late else self.accumulated)
 
-    def peak(self, one: Pass, whole_gradients: float) -> float:
-        """Most bytes alive at once in a step.
+    def peak(self, one: Pass, whole_gradients: float) -> Phase:
+        """The phase of a step in which most bytes are alive at once.
 
         Args:
             one: A micro batch's pass.
             whole_gradients: Bytes of one gradient per trained weight.
         """
         held = self.resident + self.gradients
-        forward = held + one.peak_before + self.in_forward
         growing = self.keeps_gradients and not self.gradients
-        backward = max(one.peak_after, one.peak_kept if growing else 0) + self.in_backward
-        after = self.resident + (whole_gradients if self.keeps_gradients else 0)
-        flush = backward + self.in_flush - self.flush_after * one.saved
-        return max(forward, held + backward, held + flush, after + self.in_reduction, after + self.in_step)
+        backward = max(one.peak_after, one.peak_kept if growing else 0)
+        left = backward - self.flush_after * one.saved
+        kept = whole_gradients if self.keeps_gradients else 0
+        phases = (
+            Phase("in a forward pass", held, one.peak_before, self.in_forward),
+            Phase("in a backward pass", held, backward, self.in_backward),
+            Phase("while a bucket of gradients goes out", held, left, self.in_backward + self.in_flush),
+            Phase("while gradients are averaged", self.resident + kept, 0, self.in_reduction),
+            Phase("while AdamW steps", self.resident + kept, 0, self.in_step),
+        )
+        return max(phases, key=lambda phase: phase.bytes)
 
 
 def engine_state(config: Config, elements: Elements, replicas: int, accumulation: int, gpu: bool) -> State:
@@ -124,6 +147,14 @@ def engine_state(config: Config, elements: Elements, replicas: int, accumulation
     if uses_bf16_optimizer(config):
         return _bf16_optimizer(elements, replicas, accumulation, gpu)
     return _zero_1_2(elements, a, replicas, accumulation, zero, gpu)
+
+
+def host_bytes(config: Config, elements: Elements, replicas: int) -> float:
+    """What an offloaded optimizer takes of the host's memory for one rank: masters, moments, gradients, and a pinned
+    copy of the weights on their way back."""
+    if not config.train.offload_optimizer:
+        return 0
+    return (FP32 + ADAM_MOMENTS + FP32 + elements.weight_bytes) * elements.trained / replicas
 
 
 def uses_bf16_optimizer(config: Config) -> bool:

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from megacog.config.schema import Checkpointing, Config
 from megacog.errors import ConfigError
@@ -18,8 +18,8 @@ from megacog.model.flops import tokens_per_sample, training_work
 from megacog.model.transformer import CogVideo
 from megacog.parallel.fp8 import hold_in_fp8
 from megacog.parallel.tensor import TensorParallel
-from megacog.planning.cluster import GIB, Cluster
-from megacog.planning.memory import Elements, State, engine_state, tree
+from megacog.planning.cluster import Cluster, Device
+from megacog.planning.memory import Elements, Phase, engine_state, host_bytes, tree
 from megacog.planning.speed import StepTime, step_time
 from megacog.planning.trace import trace_pass
 
@@ -40,6 +40,10 @@ class PolicyPlan(_Facts):
     """What the forward pass of a micro batch leaves for the backward pass."""
     peak: float
     """Most bytes of tensors alive at once in a step."""
+    peak_when: str
+    """The phase of the step in which they are."""
+    peak_parts: dict[str, float]
+    """What they are in sum: state of the engine, activations, and more of that phase."""
     fits: bool
     largest_micro_batch: int
     """That fits in memory, whatever divides; 0 = none."""
@@ -60,6 +64,8 @@ class Plan(_Facts):
     """By what it is for: weights, masters, moments, gradients, buckets, and what phases of a step need besides."""
     gradient_bytes: float
     """One gradient per trained weight, as autograd makes them."""
+    host: float
+    """For the optimizer, in the memory of each node."""
     policy: Checkpointing
     """Of the run."""
     policies: dict[Checkpointing, PolicyPlan]
@@ -146,12 +152,27 @@ def accumulation_steps(config: Config, data_size: int) -> int:
         ConfigError: The global batch does not divide over ranks and micro batches.
     """
     train, per_pass = config.train, config.train.micro_batch_size * data_size
-    if train.global_batch_size % per_pass:
+    passes, rest = divmod(train.global_batch_size, per_pass)
+    if rest:
+        batches = [str(count * per_pass) for count in (passes, passes + 1) if count]
+        ways = [f"train.global_batch_size={' or '.join(batches)}"]
+        per_rank, uneven = divmod(train.global_batch_size, data_size)
+        if not uneven:
+            sizes = divisors(per_rank)
+            near = [max((size for size in sizes if size < train.micro_batch_size), default=None)]
+            near += [min((size for size in sizes if size > train.micro_batch_size), default=None)]
+            ways.append(f"train.micro_batch_size={' or '.join(str(size) for size in near if size)}")
         raise ConfigError(
             f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {data_size} data-parallel ranks = {per_pass}"
+            f"{train.micro_batch_size} x {data_size} data-parallel ranks = {per_pass}; "
+            f"the nearest that divide: {', or '.join(ways)}"
         )
-    return train.global_batch_size // per_pass
+    return passes
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def plan(config: Config, cluster: Cluster, policies: Sequence[Checkpointing] = POLICIES, suggest: bool = True) -> Plan:
@@ -164,8 +185,9 @@ def plan(config: Config, cluster: Cluster, policies: Sequence[Checkpointing] = P
         suggest: Also look for what fits, if the run does not.
 
     Raises:
-        ConfigError: Ranks or batches do not divide.
+        ConfigError: Ranks or batches do not divide, or the device lacks what the run asks for.
     """
+    config = on_device(config, cluster.device)
     train = config.train
     data_size = data_parallel(config, cluster.world)
     accumulation = accumulation_steps(config, data_size)
@@ -183,6 +205,7 @@ def plan(config: Config, cluster: Cluster, policies: Sequence[Checkpointing] = P
         world=cluster.world, data_size=data_size, accumulation=accumulation,
         trained=elements.trained, frozen=elements.frozen,
         state=tree(state), gradient_bytes=elements.trained * elements.weight_bytes,
+        host=host_bytes(config, elements, replicas(config, data_size)) * cluster.gpus_per_node,
         policy=train.activation_checkpointing, policies=planned, usable=cluster.usable_bytes,
         seconds=seconds,
         parts=None if time is None else {name: getattr(time, name) for name in _PARTS},
@@ -196,8 +219,27 @@ def plan(config: Config, cluster: Cluster, policies: Sequence[Checkpointing] = P
         suggestions=[],
     )  # fmt: skip
     if suggest and not found.fits:
-        return found.model_copy(update={"suggestions": list(_suggestions(config, cluster))})
+        from megacog.planning.suggest import suggestions
+
+        return found.model_copy(update={"suggestions": list(suggestions(config, cluster))})
     return found
+
+
+def on_device(config: Config, device: Device) -> Config:
+    """The run as the device takes it: `train.kernels: auto` is the reference where Triton serves no GPU.
+
+    Raises:
+        ConfigError: It asks for a base in e4m3, and the device cannot multiply it.
+    """
+    train = config.train
+    if train.base_precision == "fp8" and device.gpu and device.no_fp8:
+        raise ConfigError(
+            f"train.base_precision fp8 needs compute capability 8.9 (NVIDIA's Ada, Hopper or later); {device.no_fp8}; "
+            "set it to null"
+        )
+    if train.kernels == "auto" and not device.triton:
+        return config.model_copy(update={"train": train.model_copy(update={"kernels": "reference"})})
+    return config
 
 
 _PARTS = ("gemm", "attention", "pointwise", "accumulate", "optimizer", "exposed", "waiting")
@@ -213,11 +255,13 @@ def _time(config: Config, cluster: Cluster, elements: Elements, accumulation: in
 
 def _plan_policy(config: Config, cluster: Cluster, policy: Checkpointing, data_size: int) -> PolicyPlan:
     one = trace_pass(config, policy, config.train.micro_batch_size, cluster.device.gpu)
-    peak = plan_peak(config, data_size, policy, config.train.micro_batch_size, cluster.device.gpu)
+    peak = plan_phase(config, data_size, policy, config.train.micro_batch_size, cluster.device.gpu)
     largest = _largest_micro_batch(config, cluster, policy, data_size)
     return PolicyPlan(
-        policy=policy, activations=one.saved, peak=peak, fits=peak <= cluster.usable_bytes, largest_micro_batch=largest
-    )
+        policy=policy, activations=one.saved, fits=peak.bytes <= cluster.usable_bytes, largest_micro_batch=largest,
+        peak=peak.bytes, peak_when=peak.name,
+        peak_parts={"state": peak.state, "activations": peak.activations, "more": peak.more},
+    )  # fmt: skip
 
 
 def _largest_micro_batch(config: Config, cluster: Cluster, policy: Checkpointing, data_size: int) -> int:
@@ -236,86 +280,16 @@ def _largest_micro_batch(config: Config, cluster: Cluster, policy: Checkpointing
 
 
 def plan_peak(config: Config, data_size: int, policy: Checkpointing, micro_batch: int, gpu: bool) -> float:
-    """Peak bytes of one rank with another policy and micro batch than the run's own.
+    """Peak bytes of one rank: see `plan_phase`."""
+    return plan_phase(config, data_size, policy, micro_batch, gpu).bytes
+
+
+def plan_phase(config: Config, data_size: int, policy: Checkpointing, micro_batch: int, gpu: bool) -> Phase:
+    """The phase with the peak of one rank, with another policy and micro batch than the run's own.
 
     Gradients are taken to be accumulated where the micro batch does not divide.
     """
     accumulation = -(-config.train.global_batch_size // (micro_batch * data_size))
     elements = count_elements(config)
-    state: State = engine_state(config, elements, replicas(config, data_size), accumulation, gpu)
+    state = engine_state(config, elements, replicas(config, data_size), accumulation, gpu)
     return state.peak(trace_pass(config, policy, micro_batch, gpu), elements.trained * elements.weight_bytes)
-
-
-def _suggestions(config: Config, cluster: Cluster) -> Iterator[str]:
-    """Overrides with which the run fits, each verified, the fastest first."""
-    found = []
-    for overrides in _candidates(config, cluster):
-        try:
-            changed = Config.model_validate(_override(config.model_dump(mode="json"), overrides))
-            planned = plan(changed, cluster, (), suggest=False)
-        except (ConfigError, ValidationError):
-            continue
-        if planned.fits:
-            found.append((planned.seconds or 0, overrides, planned))
-    for seconds, overrides, planned in sorted(found, key=lambda each: each[0])[:5]:
-        text = " ".join(f"{key}={value}" for key, value in overrides.items())
-        speed = f", {planned.tokens_per_second:,.0f} tokens/s predicted" if seconds else ""
-        yield f"{text}  ({planned.peak / GIB:.1f} GiB{speed})"
-
-
-def _candidates(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
-    """Changes worth trying: policies and smaller micro batches, alone and with another way to cut the state."""
-    train = config.train
-    micro_batches = [size for size in range(train.micro_batch_size, 0, -1) if train.micro_batch_size % size == 0]
-    for layouts in (_light_layouts(config), _heavy_layouts(config)):
-        fitting = [
-            _first_that_fits(config, cluster, layout, policy, micro_batches)
-            for layout in layouts
-            for policy in POLICIES
-        ]
-        found = [overrides for overrides in fitting if overrides is not None]
-        if found:
-            return found
-    return []
-
-
-def _light_layouts(config: Config) -> list[dict[str, Any]]:
-    """Ways to cut the state that send no more per layer."""
-    if config.train.engine == "torch":
-        return [{}, {"train.engine": "deepspeed"}]
-    return [{}, {"train.zero_stage": 2}] if config.train.zero_stage < 2 else [{}]
-
-
-def _heavy_layouts(config: Config) -> list[dict[str, Any]]:
-    """Ways to cut the weights or the sequences, too."""
-    own = {"parallel.sequence": config.parallel.sequence, "parallel.tensor": config.parallel.tensor}
-    layouts: list[dict[str, Any]] = [{key: size} for key, now in own.items() for size in (2, 4, 8) if size > now]
-    if config.train.engine == "deepspeed" and config.train.zero_stage < 3 and config.parallel.tensor == 1:
-        layouts.append({"train.zero_stage": 3})
-    return layouts
-
-
-def _first_that_fits(
-    config: Config, cluster: Cluster, layout: dict[str, Any], policy: Checkpointing, micro_batches: list[int]
-) -> dict[str, Any] | None:
-    for size in micro_batches:
-        overrides = dict(layout)
-        if policy != config.train.activation_checkpointing:
-            overrides["train.activation_checkpointing"] = policy
-        if size != config.train.micro_batch_size:
-            overrides["train.micro_batch_size"] = size
-        try:
-            changed = Config.model_validate(_override(config.model_dump(mode="json"), overrides))
-            data_size = data_parallel(changed, cluster.world)
-        except (ConfigError, ValidationError):
-            return None
-        if plan_peak(changed, data_size, policy, size, cluster.device.gpu) <= cluster.usable_bytes:
-            return overrides
-    return None
-
-
-def _override(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    for key, value in overrides.items():
-        section, _, name = key.partition(".")
-        values[section] = values[section] | {name: value}
-    return values

@@ -34,19 +34,27 @@ _PARTS = {
 
 def describe(plan: Plan, config: Config, cluster: Cluster) -> str:
     """All of a plan for people."""
-    return "\n".join([*_head(plan, config, cluster), *_memory(plan), *_speed(plan, config), *_verdict(plan, config)])
+    gpu = cluster.device.gpu
+    parts = (_head(plan, config, cluster), _memory(plan), _speed(plan, config), _verdict(plan, config, gpu))
+    return "\n".join(line for part in parts for line in part)
 
 
-def refusal(plan: Plan, config: Config) -> str:
+def refusal(plan: Plan, config: Config, gpu: bool) -> str:
     """Why a run cannot start, in one message."""
-    policy = plan.policies[plan.policy]
     lines = [
-        f"the run needs {plan.peak / GIB:.1f} GiB per GPU and tensors may take {plan.usable / GIB:.1f} GiB "
-        f"(train.micro_batch_size {config.train.micro_batch_size}, train.activation_checkpointing {plan.policy}: "
-        f"state {_resident(plan) / GIB:.1f} GiB, activations {policy.activations / GIB:.1f} GiB)",
+        f"the run needs {plan.peak / GIB:.1f} GiB per {'GPU' if gpu else 'rank'} and tensors may take "
+        f"{plan.usable / GIB:.1f} GiB (train.micro_batch_size {config.train.micro_batch_size}, "
+        f"train.activation_checkpointing {plan.policy}; {_at_peak(plan)})",
         *_what_fits(plan),
     ]
     return "\n".join(lines)
+
+
+def _at_peak(plan: Plan) -> str:
+    """When the peak is, and what it is made of."""
+    policy = plan.policies[plan.policy]
+    parts = [f"{name} {size / GIB:.1f}" for name, size in policy.peak_parts.items() if size]
+    return f"{policy.peak_when}: {' + '.join(parts)} = {policy.peak / GIB:.1f} GiB"
 
 
 def _head(plan: Plan, config: Config, cluster: Cluster) -> Iterator[str]:
@@ -74,6 +82,8 @@ def _memory(plan: Plan) -> Iterator[str]:
         sizes = f"{policy.activations / GIB:18.2f} GiB {policy.peak / GIB:9.2f} GiB"
         yield f"  {name:10} {sizes} {policy.largest_micro_batch:8}{notes}"
     yield f"  usable     {'':18}     {plan.usable / GIB:10.2f} GiB"
+    if plan.host:
+        yield f"\nhost memory for the optimizer: {plan.host / GIB:.1f} GiB per node"
 
 
 def _speed(plan: Plan, config: Config) -> Iterator[str]:
@@ -93,11 +103,11 @@ def _speed(plan: Plan, config: Config) -> Iterator[str]:
     )
 
 
-def _verdict(plan: Plan, config: Config) -> Iterator[str]:
+def _verdict(plan: Plan, config: Config, gpu: bool) -> Iterator[str]:
     if plan.fits:
-        yield f"\nfits: peak {plan.peak / GIB:.1f} of {plan.usable / GIB:.1f} GiB"
+        yield f"\nfits: peak {plan.peak / GIB:.1f} of {plan.usable / GIB:.1f} GiB, {_at_peak(plan)}"
     else:
-        yield f"\nDOES NOT FIT: {refusal(plan, config)}"
+        yield f"\nDOES NOT FIT: {refusal(plan, config, gpu)}"
 
 
 def _what_fits(plan: Plan) -> Iterator[str]:
@@ -105,11 +115,7 @@ def _what_fits(plan: Plan) -> Iterator[str]:
         yield "What fits on the same GPUs, the fastest first:"
         yield from (f"  {line}" for line in plan.suggestions)
     else:
-        yield "No activation policy, micro batch, ZeRO stage or way to share the model fits: take larger or more GPUs"
-
-
-def _resident(plan: Plan) -> float:
-    return sum(plan.state[key] for key in ("weights", "masters", "moments", "accumulated", "gradients", "buckets"))
+        yield "Nothing that was tried fits (docs/scaling.md, What to do when it does not fit): take larger or more GPUs"
 
 
 def weak_scaling(plans: Iterable[Plan], base: Plan, micro_batch: int) -> Iterator[str]:

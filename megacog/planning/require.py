@@ -20,7 +20,7 @@ def require_memory(config: Config, cluster: Cluster) -> None:
     """
     if plan(config, cluster, (), suggest=False).fits:
         return
-    message = refusal(plan(config, cluster, suggest=config.train.memory_check), config)
+    message = refusal(plan(config, cluster, suggest=config.train.memory_check), config, cluster.device.gpu)
     if config.train.memory_check:
         raise ConfigError(f"{message}\nTo try all the same: train.memory_check=false")
     log.warning("%s", message)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from math import ceil, log, log2, sqrt
 
 from megacog.config.schema import Config
-from megacog.model.layout import stage_layout
 from megacog.planning.cluster import Cluster
 from megacog.planning.memory import REDUCE_BUCKET, Elements, uses_bf16_optimizer
 from megacog.planning.trace import Pass
@@ -14,8 +13,8 @@ from megacog.planning.trace import Pass
 _ADAM_BYTES = 40
 """Per optimizer element: torch's fused AdamW reads weight, gradient and both moments and writes all but the gradient
 (28), the norm reads 4, clipping 8."""
-_EXCHANGED = 4
-"""What ranks of a sequence trade in every channel, forward and backward: q, k, v and what attention makes of them."""
+_HOST_ADAM_BYTES = 50
+"""The same in the host's memory: besides, gradients arrive (4), and the cast for the way back takes 6."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def step_time(
     updated = trained / (replicas if config.train.engine == "deepspeed" and config.train.zero_stage else 1)
     traffic = _Traffic(cluster)
     _average_gradients(config, traffic, elements, accumulation, replicas)
-    _share_layers(config, traffic, accumulation)
+    _share_layers(config, traffic, one, accumulation)
     sums = 4 if config.train.gradient_dtype == "fp32" else w
     passes = one.gemm_flops / (peak * assumed.gemm_share)
     attention = (one.attention_flops + one.attention_backward_flops) / (peak * assumed.attention_share)
@@ -71,13 +70,23 @@ def step_time(
         attention=accumulation * attention,
         pointwise=accumulation * one.pointwise_bytes / bandwidth,
         accumulate=accumulation * trained * (w + 3 * sums) / bandwidth,  # read, cast, add to what is there
-        optimizer=updated * (_ADAM_BYTES + w) / bandwidth,
+        optimizer=updated * _update_seconds(config, cluster, w),
         exposed=traffic.seconds,
         waiting=0,
         sent_bytes=traffic.sent,
     )
     slowest = assumed.spread * sqrt(2 * log(cluster.world))  # the expected largest of so many normal deviations
     return replace(time, waiting=slowest * (time.seconds - time.exposed))
+
+
+def _update_seconds(config: Config, cluster: Cluster, weight_bytes: int) -> float:
+    """Of one element on one rank, all ranks of a node at a time."""
+    assumed = cluster.assumptions
+    if not config.train.offload_optimizer:
+        return (_ADAM_BYTES + weight_bytes) / (cluster.device.bandwidth * assumed.bandwidth_share)
+    gradient = 4 if config.train.gradient_dtype == "fp32" else 2
+    host = _HOST_ADAM_BYTES * cluster.gpus_per_node / assumed.host_bandwidth
+    return host + (gradient + weight_bytes) / assumed.pcie_bandwidth
 
 
 class _Traffic:
@@ -116,17 +125,9 @@ def _average_gradients(config: Config, traffic: _Traffic, elements: Elements, ac
         traffic.ring(1, size, replicas, tensor, 2)
 
 
-def _share_layers(config: Config, traffic: _Traffic, accumulation: int) -> None:
-    """What ranks that share a model or a sample send, forward and backward.
-
-    Tensor-parallel ranks sum frame rows after the output of every channel and the MLP; those of a sequence trade rows
-    for heads and back.
-    """
-    model, train, tensor = config.model, config.train, config.parallel.tensor
-    rows = stage_layout(model, train.stage).grid.tokens * train.micro_batch_size
-    size = rows * model.hidden_size * (2 if train.precision == "bf16" else 4)
-    channels = 1 if train.stage == "base" else 2
-    passes = 2 * model.num_layers * accumulation
-    sums, exchanges = passes * (channels + 1), passes * channels * _EXCHANGED
-    traffic.ring(2, sums * size, tensor, 1, sums)
-    traffic.ring(1, exchanges * size / config.parallel.sequence, config.parallel.sequence, 1, passes * channels * 2)
+def _share_layers(config: Config, traffic: _Traffic, one: Pass, accumulation: int) -> None:
+    """What ranks that share a model or a sample send, in the passes of all micro batches."""
+    tensor, sequence = config.parallel.tensor, config.parallel.sequence
+    traffic.ring(2, accumulation * one.sum_bytes, tensor, 1, accumulation * one.sums)
+    traffic.ring(1, accumulation * one.gather_bytes, tensor, 1, accumulation * one.gathers)
+    traffic.ring(1, accumulation * one.exchange_bytes, sequence, 1, accumulation * one.exchanges)

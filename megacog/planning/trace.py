@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,21 +28,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megacog.config.schema import Checkpointing, Config, Kernels, ModelConfig
+from megacog.errors import ConfigError, EnvError
 from megacog.model.flops import visible_pairs
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
 from megacog.parallel.sequence import SequenceParallel
 from megacog.parallel.tensor import TensorParallel
 from megacog_kernels import products
+from megacog_kernels.attention import reference
 from megacog_kernels.attention.ops import decode_mask
 from megacog_kernels.cross_entropy.chunks import row_stride
+from megacog_kernels.dispatch import planned_for_gpu
 
 _DEPTHS = (2, 4)
 """Layers of the runs: the first and the last layer are special, and odd layers may have another mask than even ones."""
 _BATCHES = (2, 3)
 """Samples of the runs; a single sample is run by itself, because some of its slices need no copies."""
-_ATTENTION_BACKWARD = 2.5
-"""Work of attention's backward over its forward: five matrix products for two."""
+_ATTENTION_BACKWARD = {False: 2.5, True: 3.5}
+"""Work of attention's backward over its forward, by whether it is deterministic: five or seven matrix products for
+two, since a kernel of its own for q's gradient computes scores and weights once more."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,17 @@ class Pass:
     attention_backward_flops: float = 0
     pointwise_bytes: float = 0
     """Read and written by all other operators."""
+    sums: float = 0
+    """Sums over the ranks that share a model, recomputed ones too; also of the next two pairs."""
+    sum_bytes: float = 0
+    gathers: float = 0
+    """Gatherings from these ranks."""
+    gather_bytes: float = 0
+    """Of what is gathered, all parts together."""
+    exchanges: float = 0
+    """All-to-alls of the ranks that share a sample."""
+    exchange_bytes: float = 0
+    """Of one rank's side."""
 
     def _map(self, other: Pass, share: float) -> Pass:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
@@ -77,11 +92,16 @@ def trace_pass(config: Config, policy: Checkpointing, batch: int, gpu: bool) -> 
         config: The run; its model may be of any size.
         policy: What `train.activation_checkpointing` would be.
         batch: Samples.
-        gpu: As on a GPU, with Triton kernels where the config allows them; else as on a CPU.
+        gpu: As on a GPU that Triton serves, with the implementations that `train.kernels` takes there; else as on a
+            CPU.
+
+    Raises:
+        ConfigError: `train.kernels` is triton and the kernels cannot take the model's sizes.
     """
     model = config.model.model_copy(update={"boi_id": config.model.boi_id or 0, "inherit": None})
-    place = (config.train.stage, config.train.precision, config.parallel.tensor, config.parallel.sequence, gpu)
-    kernels: Kernels = "reference" if not gpu or config.train.kernels == "reference" else "triton"
+    train, parallel = config.train, config.parallel
+    place = (train.stage, train.precision, parallel.tensor, parallel.sequence, train.deterministic, gpu)
+    kernels: Kernels = train.kernels if gpu else "reference"
     return _at_batch(model, place, policy, kernels, batch)
 
 
@@ -103,13 +123,13 @@ def _at_depth(model: ModelConfig, place: tuple[Any, ...], policy: Checkpointing,
 
 
 def _run(config: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, kernels: Kernels, batch: int) -> Pass:
-    stage, precision, tensor, sequence, gpu = place
+    stage, precision, tensor, sequence, deterministic, gpu = place
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     grid = stage_layout(config, stage).grid
     with _groups(tensor, sequence) as (parallel, shared), FakeTensorMode():
         with default_dtype(dtype):
             plus = () if stage == "base" else (stage,)
-            model = CogVideo(config, plus, parallel, policy, kernels, shared)
+            model = CogVideo(config, plus, parallel, policy, kernels, shared, deterministic)
         model.trainable(stage)
         inputs = {
             "text_BL": torch.zeros(batch, config.text_length, dtype=torch.int64),
@@ -121,14 +141,22 @@ def _run(config: ModelConfig, place: tuple[Any, ...], policy: Checkpointing, ker
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(ledger.consume)
         with as_on_a_gpu() if gpu else nullcontext(), ledger:
+            _check_kernels(model)
             loss = model(**inputs, stage=stage).loss
             saved = ledger.live
             loss.backward()
             del loss
     return Pass(
         saved, ledger.peak_before, max(ledger.peak_before, ledger.peak_after), ledger.peak_kept, ledger.gemm,
-        ledger.attention, ledger.attention_backward, ledger.pointwise,
+        ledger.attention, ledger.attention_backward, ledger.pointwise, **ledger.collectives,
     )  # fmt: skip
+
+
+def _check_kernels(model: CogVideo) -> None:
+    try:
+        model.choose_kernels()
+    except EnvError as error:
+        raise ConfigError(f"train.{error}") from None
 
 
 class Ledger(TorchDispatchMode):
@@ -139,6 +167,8 @@ class Ledger(TorchDispatchMode):
         self.live = 0
         self.peak_before = self.peak_after = self.peak_kept = 0
         self.gemm = self.attention = self.attention_backward = self.pointwise = 0.0
+        self.collectives: dict[str, float] = {}
+        """Numbers and bytes of collectives, by their names in `Pass`."""
         self._gradients = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in given}
 
@@ -194,6 +224,9 @@ class Ledger(TorchDispatchMode):
 
     def _count_work(self, func: Any, args: Any, created: list[Tensor], fresh: bool) -> None:
         name = func._schema.name
+        if name in _COLLECTIVES:
+            self._count_collective(_COLLECTIVES[name], args[0])
+            return
         if not fresh and not name.endswith("_"):
             return  # a view, or a result that was kept from a first run
         if name in _PRODUCTS:
@@ -202,7 +235,11 @@ class Ledger(TorchDispatchMode):
         elif name == "megacog::attend":
             self.attention += _attention_flops(args[0], args[3], args[6])
         elif name == "megacog::attend_backward":
-            self.attention_backward += _ATTENTION_BACKWARD * _attention_flops(args[3], args[6], args[9])
+            self.attention_backward += _ATTENTION_BACKWARD[args[11]] * _attention_flops(args[3], args[6], args[9])
+        elif name == _REFERENCE_ATTENTION:
+            self.attention += _reference_flops(args[0], args[1])
+        elif name == f"{_REFERENCE_ATTENTION}_backward":
+            self.attention_backward += _ATTENTION_BACKWARD[False] * _reference_flops(args[1], args[2])
         elif name.startswith("megacog::linear_logsumexp"):
             hidden, weight = (args[0], args[1]) if name == "megacog::linear_logsumexp" else (args[3], args[4])
             products = 1 if name == "megacog::linear_logsumexp" else 1 + sum(args[8])
@@ -211,8 +248,17 @@ class Ledger(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             self.pointwise += sum(tensor.nbytes for tensor in [*tensors, *created])
 
+    def _count_collective(self, kind: str, result: Any) -> None:
+        size = sum(tensor.nbytes for tensor in tree_leaves(result))
+        for name, amount in ((f"{kind}s", 1), (f"{kind}_bytes", size)):
+            self.collectives[name] = self.collectives.get(name, 0) + amount
+
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+_COLLECTIVES = {"c10d::allreduce_": "sum", "c10d::allgather_": "gather", "c10d::alltoall_base_": "exchange"}
+"""Operator -> name in `Pass`. Its first argument is what it fills."""
+_REFERENCE_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+"""What the reference calls on fake tensors, for the fused attention that torch has on a GPU, too."""
 
 
 def _hidden_bytes(func: Any, args: Any) -> int:
@@ -226,6 +272,8 @@ def _hidden_bytes(func: Any, args: Any) -> int:
         _, _, _, hidden, weight, _, rows, triton, needed = args
         sums = 4 * weight.numel() if needed[1] else 0  # the weight's gradient is summed in fp32
         return _logits_bytes(hidden, weight, rows, 0 if triton else 2) + sums  # the exponentials and what they are of
+    if name == "megacog::attend_backward" and not args[11]:
+        return 4 * args[3].numel()  # the gradient of q is summed in fp32
     return 0
 
 
@@ -241,6 +289,11 @@ def _attention_flops(q_BRND: Tensor, text_k_BLND: Tensor, code: Sequence[int]) -
     return 4.0 * B * N * D * (frame_pairs + R * text_k_BLND.shape[1])
 
 
+def _reference_flops(q_BNRD: Tensor, k_BNKD: Tensor) -> float:
+    """Masked pairs are computed, too."""
+    return 4.0 * q_BNRD.numel() * k_BNKD.shape[2]
+
+
 @lru_cache(maxsize=64)
 def _visible_pairs(code: tuple[int, ...]) -> int:
     mask, grid, asking = decode_mask(code)
@@ -250,10 +303,13 @@ def _visible_pairs(code: tuple[int, ...]) -> int:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Products take bf16 as it is, and each dropout is one kernel that keeps a mask of a byte per element."""
-    with mock.patch.object(nn.Dropout, "forward", _fused_dropout), mock.patch.object(
-        products, "through_fp32", lambda x: False
-    ):
+    """Implementations are those of a GPU that Triton serves, products take bf16 as it is, and each dropout is one
+    kernel that keeps a mask of a byte per element."""
+    with ExitStack() as stack:
+        stack.enter_context(planned_for_gpu())
+        stack.enter_context(mock.patch.object(nn.Dropout, "forward", _fused_dropout))
+        for module in (products, reference):
+            stack.enter_context(mock.patch.object(module, "through_fp32", lambda x: False))
         yield
 
 

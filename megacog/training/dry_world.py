@@ -105,7 +105,8 @@ def _fake_model(config: Config, groups: ProcessGroups) -> CogVideo:
     train = config.train
     with default_dtype(DTYPES[train.precision]):
         plus = () if train.stage == "base" else (train.stage,)
-        model = CogVideo(config.model, plus, groups.tensor, train.activation_checkpointing, "triton", groups.sequence)
+        shared = (groups.tensor, train.activation_checkpointing, train.kernels, groups.sequence, train.deterministic)
+        model = CogVideo(config.model, plus, *shared)
     model.trainable(train.stage)
     return model
 

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megacog.config.schema import Checkpointing, Config
 from megacog.parallel.groups import ProcessGroups, build_process_groups
+from megacog.planning.main import positive
 from megacog.planning.plan import POLICIES, plan_peak
 from megacog.runtime.cli import run
 from megacog.training.pretrain import example_inputs
@@ -125,7 +126,7 @@ def compare(engine: str, policy: Checkpointing, **size: int) -> Comparison:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `plan.py check`: start the ranks, or be one of them; returns 0 if all differences are within 5 %."""
     parser = argparse.ArgumentParser(prog="plan.py check", description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="world sizes")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2], help="world sizes")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     arguments = parser.parse_args(argv)
@@ -154,7 +155,7 @@ def _start_ranks(arguments: argparse.Namespace, ranks: int) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command += ["-m", "megacog.training.memory_check", "--engines", *arguments.engines]
     command += ["--policies", *arguments.policies]
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "KINETO_LOG_LEVEL": "5"}
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "KINETO_LOG_LEVEL": "6"}
     return subprocess.run(command, env=environment, check=False).returncode
 
 

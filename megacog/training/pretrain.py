@@ -41,7 +41,7 @@ from megacog.parallel.fp8 import check_device, hold_in_fp8
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.parallel.tensor import materialize
 from megacog.planning.cluster import Cluster, Device
-from megacog.planning.plan import accumulation_steps
+from megacog.planning.plan import accumulation_steps, data_parallel
 from megacog.planning.require import require_memory
 from megacog.runtime import faults
 from megacog.runtime import log as logs
@@ -61,6 +61,7 @@ from megacog.training.samples import Sampler
 from megacog.training.start import describe_weights, idle_tensors, open_inherited, start_weights
 from megacog.training.state import Resumed, RunState, load_checkpoint, shapes_of
 from megacog.training.switches import Switches, refuse_stopped
+from megacog_kernels import dispatch
 
 log = logs.get_logger(__name__)
 
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None, stop: StopFlag | None = None) -> int
     faults.arm(ranks.rank)
     config = load_config(arguments.config, arguments.overrides)
     require_world(ranks, config.cluster)
+    check_plan(config, ranks)
     with watch(config, ranks) as watched:
         device = start_processes(config, ranks)
         try:
@@ -138,6 +140,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_plan(config: Config, ranks: Ranks) -> None:
+    """Refuse a run that does not divide over its ranks or cannot fit on its GPUs, while there is nothing yet.
+
+    Raises:
+        ConfigError: On every rank; on rank 0 with the planner's numbers.
+    """
+    device = rank_device(ranks)
+    try:
+        accumulation_steps(config, data_parallel(config, ranks.world_size))
+        if device.type == "cuda":
+            require_memory(config, this_cluster(ranks, device))
+    except ConfigError:
+        if ranks.rank == 0:
+            raise
+        raise ConfigError("the run does not divide or does not fit: see the message of rank 0") from None
+
+
 def start_processes(config: Config, ranks: Ranks) -> torch.device:
     """Join the other ranks; the device of this one."""
     torch.set_num_threads(config.train.threads or max(1, available_cores() // ranks.local_world_size))
@@ -156,8 +175,6 @@ def run(config: Config, ranks: Ranks, device: torch.device, stop: StopFlag) -> i
     accumulation = accumulation_steps(config, groups.data_size)
     tokenizers = open_tokenizers(config)
     config = resolve(config, tokenizers)
-    if device.type == "cuda":
-        on_rank_0(lambda: require_memory(config, this_cluster(ranks, device)))
     data = on_rank_0(lambda: check_data(config, tokenizers.frames.fingerprint, tokenizers.text))
     run_dir = Path(config.train.run_dir)
     on_rank_0(lambda: refuse_stopped(run_dir))
@@ -249,7 +266,8 @@ def this_cluster(ranks: Ranks, device: torch.device) -> Cluster:
     """The GPUs that the run has; speeds of links do not matter here."""
     memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
     nodes = max(1, ranks.world_size // ranks.local_world_size)
-    return Cluster(Device(device_name(), memory_gib), ranks.world_size // nodes, nodes)
+    gpu = Device(device_name(), memory_gib, triton=dispatch.serves(device))
+    return Cluster(gpu, ranks.world_size // nodes, nodes)
 
 
 def open_tokenizers(config: Config) -> Tokenizers:

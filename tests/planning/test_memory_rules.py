@@ -70,5 +70,5 @@ def test_gradients_lie_on_the_weights_only_while_micro_batches_are_accumulated()
 def test_the_peak_is_in_the_phase_that_needs_most() -> None:
     light, heavy = Pass(saved=10, peak_before=20, peak_after=25), Pass(saved=10, peak_before=2000, peak_after=1000)
     state = State(weights=100, in_reduction=300, in_step=50)
-    assert state.peak(light, 0) == 400
-    assert state.peak(heavy, 0) == 2100
+    assert (state.peak(light, 0).bytes, state.peak(light, 0).name) == (400, "while gradients are averaged")
+    assert (state.peak(heavy, 0).bytes, state.peak(heavy, 0).name) == (2100, "in a forward pass")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_ranks import ROOT, python_environment
 
 from megacog.config.load import load_config
 from megacog.config.schema import Config
@@ -15,6 +18,7 @@ from megacog.errors import ConfigError
 from megacog.planning.cluster import GIB, Assumptions, Cluster, Device, find_device
 from megacog.planning.main import main
 from megacog.planning.plan import Plan, plan
+from megacog.planning.report import refusal
 from megacog.planning.require import require_memory
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -97,6 +101,69 @@ def test_what_is_suggested_fits(nine: Config) -> None:
         assert plan(mended, cluster(gpus=8, memory=80, name="A100"), (), suggest=False).fits, suggestion
 
 
+SMALL = """
+model: {num_layers: 2, hidden_size: 64, num_heads: 4, grid: [4, 4], text_length: 8, text_positions: 8,
+  image_vocab_size: 50, text_vocab_size: 40, boi_id: 3, inherit: none}
+tokenizer: {text: none, frames: none}
+train: {stage: sequential, run_dir: none, steps: 10, global_batch_size: 16, micro_batch_size: 2}
+"""
+
+
+def test_a_plan_for_gpus_needs_no_triton(tmp_path: Path) -> None:
+    """As after an install without GPU extras, in a process that has not loaded it either."""
+    (tmp_path / "run.yaml").write_text(SMALL)
+    blocked = "import sys, runpy; sys.modules['triton'] = None; sys.argv[0] = 'plan.py'; "
+    command = [sys.executable, "-c", blocked + "runpy.run_path('launch/plan.py', run_name='__main__')"]
+    command += ["--config", str(tmp_path / "run.yaml"), "--gpus", "8x80"]
+    done = subprocess.run(command, cwd=ROOT, env=python_environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "fits: peak" in done.stdout, done.stderr
+
+
+def test_auto_is_the_reference_where_the_kernels_know_no_head_dim(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(SMALL)
+
+    def planned(*overrides: str) -> float:
+        run = load_config(tmp_path / "run.yaml", ["model.hidden_size=192", *overrides])
+        parts = plan(run, cluster(gpus=8, memory=80, name="H100"), (), suggest=False).parts
+        assert parts
+        return parts["attention"]
+
+    assert planned("model.num_heads=2") == planned("model.num_heads=2", "train.kernels=reference")
+    assert planned("model.num_heads=3") == planned("model.num_heads=3", "train.kernels=triton")
+    assert planned("model.num_heads=3") != planned("model.num_heads=2")
+    with pytest.raises(ConfigError, match="train.kernels: .* 16, 32, 64, 128, not 96"):
+        planned("model.num_heads=2", "train.kernels=triton")
+
+
+@pytest.mark.parametrize(("name", "memory", "has"), [("A40", 48, "8.6"), ("A100", 80, "8.0"), ("MI300X", 192, "none")])
+def test_a_base_in_fp8_is_refused_where_nothing_multiplies_it(nine: Config, name: str, memory: int, has: str) -> None:
+    with pytest.raises(ConfigError, match=f"needs compute capability 8.9 .*{name} .*{has}"):
+        plan(changed(nine, base_precision="fp8"), cluster(memory=memory, name=name))
+
+
+@pytest.mark.parametrize("name", ["A40", "L40S"])
+def test_one_card_that_is_too_small_is_told_of_the_hosts_memory(nine: Config, name: str) -> None:
+    found = plan(nine, cluster(memory=48, name=name))
+    assert not found.fits and any("train.offload_optimizer=true" in line for line in found.suggestions)
+    assert any("base_precision=fp8" in line for line in found.suggestions) == (name == "L40S")
+    assert not any("zero_stage=2" in line or "zero_stage=3" in line for line in found.suggestions), "on one card"
+
+
+def test_what_is_suggested_takes_larger_micro_batches_too(nine: Config) -> None:
+    """ZeRO 1 needs most to average gradients, whatever the micro batch; ZeRO 2 leaves room for two samples."""
+    one = changed(nine, zero_stage=1, micro_batch_size=1, global_batch_size=512)
+    found = plan(one, cluster(gpus=8, memory=32, name="A100"))
+    assert any(line.startswith("train.zero_stage=2 train.micro_batch_size=2 ") for line in found.suggestions)
+
+
+def test_a_refusals_numbers_add_up(nine: Config) -> None:
+    found = plan(changed(nine, zero_stage=1, micro_batch_size=1, activation_checkpointing="full"), cluster(memory=48))
+    message = refusal(found, nine, gpu=True)
+    assert "while gradients are averaged: state" in message
+    parts = found.policies[found.policy].peak_parts
+    assert sum(parts.values()) == pytest.approx(found.peak) and parts["activations"] == 0
+
+
 def test_a_run_that_cannot_fit_is_refused_with_the_planners_numbers(nine: Config) -> None:
     small = Cluster(Device("some GPU", 24), 1, 1)
     with pytest.raises(ConfigError, match=r"(?s)needs \d+\.\d GiB per GPU.*may take 21\.4 GiB.*memory_check=false"):
@@ -104,9 +171,12 @@ def test_a_run_that_cannot_fit_is_refused_with_the_planners_numbers(nine: Config
     require_memory(changed(nine, global_batch_size=4, memory_check=False), small)
 
 
-def test_ranks_and_batches_that_do_not_divide_are_refused(nine: Config) -> None:
-    with pytest.raises(ConfigError, match="416 is not a multiple of .* 4 x 12 data-parallel ranks = 48"):
+def test_ranks_and_batches_that_do_not_divide_are_refused_with_what_does(nine: Config) -> None:
+    message = "416 is not a multiple of .* 4 x 12 data-parallel ranks = 48; .* train.global_batch_size=384 or 432$"
+    with pytest.raises(ConfigError, match=message):
         plan(nine, cluster(gpus=6, nodes=2))
+    with pytest.raises(ConfigError, match="global_batch_size=384 or 480, or train.micro_batch_size=4 or 13$"):
+        plan(changed(nine, micro_batch_size=12), cluster(gpus=8))
     tensor = nine.model_copy(update={"parallel": nine.parallel.model_copy(update={"tensor": 2})})
     with pytest.raises(ConfigError, match="parallel.tensor 2 x parallel.sequence 1 do not divide the 13 ranks"):
         plan(tensor, cluster(gpus=1, nodes=13))
@@ -150,6 +220,11 @@ def test_the_command_prints_json_and_a_weak_scaling_table(capsys: pytest.Capture
         ("8x77", None, [], "a device of 77 GiB is not known"),
         ("8x80", None, ["gem=1"], "--assume gem=1: expected one of attention_share"),
         ("8x80", None, ["gemm_share=x"], "expected name=number"),
+        ("8x80", None, ["gemm_share=0"], "--assume gemm_share=0: expected a share above 0, at most 1"),
+        ("8x80", None, ["link_share=50"], "--assume link_share=50: expected a share above 0, at most 1"),
+        ("8x80", None, ["pcie_bandwidth=0"], "--assume pcie_bandwidth=0: expected positive"),
+        ("8x80", None, ["latency=-1"], "--assume latency=-1: expected not negative"),
+        ("8x80", None, ["spread=nan"], "--assume spread=nan: expected not negative"),
     ],
 )
 def test_bad_arguments_are_told(gpus: str, device: str | None, assume: list[str], message: str) -> None:
@@ -162,6 +237,25 @@ def test_bad_arguments_are_told(gpus: str, device: str | None, assume: list[str]
 def test_a_cpu_has_memory_and_no_predicted_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(CONFIGS[-1]), "--gpus", "2x16", "--device", "cpu"]) == 0
     assert "time: not predicted" in capsys.readouterr().out
+
+
+def test_an_offloaded_optimizer_takes_the_hosts_time_and_memory() -> None:
+    one = load_config(NINE.with_name("cogvideo-9b-single-48gb.yaml"))
+    found, faster = (plan(one, cluster(memory=48, name="L40S", pcie_bandwidth=rate), (), suggest=False)
+                     for rate in (25e9, 50e9))  # fmt: skip
+    assert found.host == 18 * found.trained, "masters and moments 12, gradients 4, weights on their way back 2"
+    assert found.parts and faster.parts
+    assert found.parts["optimizer"] == pytest.approx(found.trained * (50 / 100e9 + 6 / 25e9))
+    assert found.parts["optimizer"] - faster.parts["optimizer"] == pytest.approx(found.trained * 6 / 50e9)
+
+
+def test_reference_attention_has_its_time(nine: Config) -> None:
+    """It computes what masks hide, so more than the kernels do."""
+    small = Cluster(find_device("H100", 80, "bf16"), 1, 1)
+    run = load_config(CONFIGS[0])
+    kernels, reference = (plan(changed(run, kernels=which), small, (), suggest=False).parts
+                          for which in ("auto", "reference"))  # fmt: skip
+    assert kernels and reference and reference["attention"] > kernels["attention"] > 0
 
 
 def test_a_ring_over_nodes_is_as_fast_as_the_network_of_a_node() -> None:

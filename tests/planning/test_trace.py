@@ -62,6 +62,44 @@ def test_recomputation_saves_memory_and_costs_work() -> None:
     assert none.attention_backward_flops == full.attention_backward_flops
 
 
+@pytest.mark.parametrize(("shared", "kind"), [("tensor", "all_reduce"), ("sequence", "all_to_all_single")])
+def test_collectives_are_those_of_a_pass(shared: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where they are called, for every policy, in a model as deep as it is; planned from shallower ones."""
+    calls: list[int] = []
+    real = getattr(torch.distributed, kind)
+
+    def counted(tensor: torch.Tensor, *arguments: object, **options: object) -> object:
+        calls.append(tensor.nbytes)
+        return real(tensor, *arguments, **options)
+
+    config = run(layers=5)
+    parallel = config.parallel.model_copy(update={shared: 2})
+    planned, counts = {}, {}
+    policies: tuple[Checkpointing, ...] = ("none", "selective", "full")
+    for policy in policies:
+        planned[policy] = trace_pass(config.model_copy(update={"parallel": parallel}), policy, 2, gpu=True)
+    monkeypatch.setattr(trace, "_DEPTHS", (5, 5))
+    monkeypatch.setattr(torch.distributed, kind, counted)
+    trace._at_batch.cache_clear()
+    for policy in policies:
+        calls.clear()
+        trace_pass(config.model_copy(update={"parallel": parallel}), policy, 2, gpu=True)
+        counts[policy] = (len(calls), sum(calls))
+    trace._at_batch.cache_clear()
+    name = "sum" if shared == "tensor" else "exchange"
+    found = {policy: (getattr(one, f"{name}s"), getattr(one, f"{name}_bytes")) for policy, one in planned.items()}
+    assert found == counts
+    assert found["full"][0] > found["none"][0] > 0, "what is recomputed is sent again"
+
+
+def test_attention_takes_seven_products_for_five_where_it_is_deterministic() -> None:
+    config = run(layers=2)
+    free = config.model_copy(update={"train": config.train.model_copy(update={"deterministic": False})})
+    same, any_order = (trace_pass(each, "none", 2, gpu=True) for each in (config, free))
+    assert same.attention_flops == any_order.attention_flops
+    assert same.attention_backward_flops * 5 == pytest.approx(any_order.attention_backward_flops * 7)
+
+
 def test_a_ledger_counts_what_lives_and_remembers_the_peak() -> None:
     given = torch.zeros(10)
     ledger = Ledger([given])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -17,8 +18,10 @@ from tiny_run import make_inputs, settings, write_config
 from megacog.checkpoint import saver, store
 from megacog.checkpoint.discovery import list_checkpoints
 from megacog.checkpoint.export import open_export
+from megacog.config.load import load_config
 from megacog.errors import EXIT_PREEMPTED, CheckpointError, ConfigError, DataError, EnvError
 from megacog.metrics.record import read_records
+from megacog.runtime.ranks import discover
 from megacog.training import pretrain
 from megacog.training.guard import NonFiniteError
 from megacog.training.loop import Loop
@@ -310,3 +313,15 @@ def test_activation_checkpointing_gives_the_same_run(inputs: Path, base: Path, t
     for one, other in zip(none * 2, sum(others, []), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused_before_there_is_a_process_group(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write_config(tmp_path / "config.yaml", torch_settings(inputs, tmp_path / "run")))
+    monkeypatch.setattr(pretrain.dist, "init_process_group", lambda *_, **__: pytest.fail("joined the others"))
+    three = dataclasses.replace(discover(), world_size=3)
+    with pytest.raises(ConfigError, match="3 data-parallel ranks = .* the nearest that divide"):
+        pretrain.check_plan(config, three)
+    with pytest.raises(ConfigError, match="^the run does not divide or does not fit: see the message of rank 0$"):
+        pretrain.check_plan(config, dataclasses.replace(three, rank=2))
