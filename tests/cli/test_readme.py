@@ -202,7 +202,7 @@ def test_every_option_named_in_the_text_exists() -> None:
     preparing = ("run", "records", "merge", "plan", "inspect", "verify", "digits")
     texts += [help_text("prepare.py", name) for name in preparing]
     texts += [help_text("train_tokenizer.py", name) for name in ("frames", "text", "show")]
-    texts += [help_text("benchmark.py", name) for name in ("import", "generate", "train", "checkpoint")]
+    texts += [help_text("benchmark.py", name) for name in ("import", "generate", "train", "checkpoint", "prepare")]
     texts += [help_text("plan.py"), help_text("plan.py", "check"), help_text("doctor.py")]
     weights = ("verify", "import-sat", "add-tokenizers", "export-sat", "export-safetensors", "parity", "parity-file")
     texts += [help_text("convert.py", name) for name in (*weights, "import-icetk-text", "import-icetk-frames")]
