@@ -41,11 +41,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Resumption]:
     return read_rows(made_once(tmp_path_factory, "elastic", lambda folder: prove(folder, PAIRS)))
 
 
+@pytest.mark.slow
 def test_weights_masters_and_moments_are_bitwise_those_saved(rows: list[Resumption]) -> None:
     assert len(rows) == len(PAIRS) < 20
     assert [row for row in rows if not row.bitwise] == []
 
 
+@pytest.mark.slow
 def test_the_next_loss_is_that_of_the_run_that_saved(rows: list[Resumption]) -> None:
     assert [row for row in rows if not row.loss <= TOLERANCE] == []
 
