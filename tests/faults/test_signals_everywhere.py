@@ -1,0 +1,104 @@
+"""Signals to the processes of a run under real launchers: saved at the current step, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from run_ranks import ROOT, free_port, python_environment
+from tiny_run import make_inputs, settings, write_config
+
+from megacog.checkpoint.discovery import list_checkpoints
+from megacog.metrics.record import read_records
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "deepspeed": lambda: [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())],
+    "torchrun": lambda: [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    "python": lambda: [sys.executable],
+}
+HITS = [
+    ("deepspeed", "deepspeed.launcher.launch", signal.SIGUSR1), ("deepspeed", "bin/deepspeed", signal.SIGTERM),
+    ("torchrun", "bin/torchrun", signal.SIGKILL), ("torchrun", "launch/pretrain.py", signal.SIGUSR1),
+]  # fmt: skip
+"""Launcher, program that the signal hits (a rank, in the last one), signal. The others end without a word to ranks."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@contextmanager
+def started(launcher: str, inputs: Path, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A run of 100,000 steps that only saves when it is told to; its output is in `folder`/output."""
+    values = settings(inputs, folder / "run", "base", engine="torch", steps=100_000, eval_every=0)
+    config = write_config(folder / "run.yaml", values | {"checkpoint": {"every": 0}})
+    command = [*LAUNCHERS[launcher](), str(ROOT / "launch/pretrain.py"), "--config", str(config)]
+    with open(folder / "output", "wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=python_environment(), stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        for pid in members(folder):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def members(folder: Path, program: str = "") -> list[int]:
+    """Living processes of the run whose configuration is in `folder`, all or those of one program."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            # python [-u] [-m] program ...
+            if any(str(folder) in word for word in words) and any(word.endswith(program) for word in words[1:4]):
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def wait_for(condition: Callable[[], object], folder: Path, seconds: float = 280) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, (folder / "output").read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def steps(folder: Path) -> list[int]:
+    path = folder / "run/metrics.jsonl"
+    return [record["step"] for record in read_records(path) if record["kind"] == "train"] if path.exists() else []
+
+
+@pytest.mark.parametrize(("launcher", "victim", "number"), HITS)
+def test_the_run_is_saved_at_its_last_step_and_leaves_no_process(
+    inputs: Path, tmp_path: Path, launcher: str, victim: str, number: signal.Signals
+) -> None:
+    with started(launcher, inputs, tmp_path) as process:
+        wait_for(lambda: len(steps(tmp_path)) > 3, tmp_path)
+        os.kill(members(tmp_path, victim)[-1], number)
+        since = time.monotonic()
+        wait_for(lambda: process.poll() is not None and not members(tmp_path), tmp_path, 60)
+        assert time.monotonic() - since < 20
+    assert list_checkpoints(tmp_path / "run")[0].name == f"step-{steps(tmp_path)[-1]:07d}"
+
+
+@pytest.mark.parametrize("line", ["rank 0 of 1", "data.train[0]"])
+def test_a_signal_before_the_first_step_leaves_with_nothing_to_save(inputs: Path, tmp_path: Path, line: str) -> None:
+    with started("python", inputs, tmp_path) as process:
+        wait_for(lambda: line in (tmp_path / "output").read_text(), tmp_path)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 85
+    assert "by SIGTERM" in (tmp_path / "output").read_text() and not list_checkpoints(tmp_path / "run")
