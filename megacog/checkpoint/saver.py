@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 from megacog.checkpoint.commit import (
     Share,
@@ -57,35 +58,47 @@ class Saved:
 
 
 class _Task(Generic[T]):
-    """Work in a thread, which does not keep the process from leaving, or at once."""
+    """Work and what came of it."""
 
-    def __init__(self, work: Callable[[], T], background: bool) -> None:
+    def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
+        self._done = threading.Event()
         self._outcome: list[T] = []
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name="checkpoint-writer")
-        if background:
-            self._thread.start()
-        else:
-            self._run()
 
     @property
     def busy(self) -> bool:
-        return self._thread.is_alive()
+        return not self._done.is_set()
 
     def result(self) -> T:
         """Wait for the work; raises what kept it from being done."""
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._done.wait()
         if self._error is not None:
             raise self._error
         return self._outcome[0]
 
-    def _run(self) -> None:
+    def run(self) -> None:
         try:
             self._outcome.append(self._work())
         except Exception as error:  # told by `result`, when all ranks ask
             self._error = error
+        finally:
+            self._done.set()
+
+
+class _Worker:
+    """One thread for all tasks, as starting one means waiting for it; it does not keep the process from leaving."""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[_Task[Any]] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True, name="checkpoint-writer").start()
+
+    def take(self, task: _Task[Any]) -> None:
+        self._tasks.put(task)
+
+    def _work(self) -> None:
+        while True:
+            self._tasks.get().run()
 
 
 @dataclass
@@ -125,6 +138,7 @@ class Saver:
         self._run_dir = run_dir
         self._retention = retention
         self._asynchronous = asynchronous
+        self._worker = _Worker() if asynchronous else None
         self._snapshot = Snapshot()
         self._copied = threading.Event()
         self._copied.set()
@@ -186,8 +200,17 @@ class Saver:
                 self._copied.set()
             return write_share(temporary, write, mine)
 
-        share = _Task(copy_and_write, background=self._asynchronous)
+        share = self._begin(copy_and_write)
         self._in_flight = _InFlight(header, path, temporary, share, started, time.monotonic() - started)
+
+    def _begin(self, work: Callable[[], T]) -> _Task[T]:
+        """Have work done in the background, or now."""
+        task = _Task(work)
+        if self._worker is not None:
+            self._worker.take(task)
+        else:
+            task.run()
+        return task
 
     def wait_for_copy(self) -> None:
         """Wait until weights and optimizer states may change. Not collective."""
@@ -235,7 +258,7 @@ class Saver:
         if rank_and_size()[0] == 0:
             manifest = replace(begun.header, files=share.files, parameters=share.parameters)
             work = partial(self._publish, begun.temporary, begun.path, manifest)
-            begun.publication = _Task(work, background=self._asynchronous)
+            begun.publication = self._begin(work)
 
     def _publish(self, temporary: Path, path: Path, manifest: Manifest) -> float:
         """When the checkpoint was complete."""

@@ -62,7 +62,8 @@ class Engine(Protocol):
         ...
 
     def get_state(self, name: str) -> dict[str, Tensor]:
-        """weight, exp_avg, exp_avg_sq, step and, if the weight is not fp32, master of a trained parameter.
+        """weight, exp_avg, exp_avg_sq, step and, if the weight is not fp32, master of a trained parameter: copies, or
+        what the next step changes (see `before_update`).
 
         Tensors have the shape of this tensor-parallel rank's part, whatever ZeRO does with them.
         """
@@ -250,13 +251,25 @@ class DeepSpeedEngine:
         return state
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
+        if self._is_whole_here():
+            return self._fragment(parameter, None)
         return self._deepspeed.utils.safe_get_full_fp32_param(parameter)
+
+    def _is_whole_here(self) -> bool:
+        """Whether ZeRO 1 or 2 has nothing to gather: its getters would copy and reduce all the same."""
+        return 0 < self._zero < 3 and self._groups.replicas.size == 1
+
+    def _fragment(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        """A master, or a moment, as DeepSpeed holds it: all of it with one replica."""
+        return parameter._hp_mapping.get_hp_fragment(moment).view_as(parameter)  # type: ignore[attr-defined]
 
     def _moment(self, parameter: nn.Parameter, moment: str, weight: Tensor) -> Tensor:
         if not self._has_states:
             return torch.zeros_like(weight, dtype=torch.float32)
         if self._zero == 0:
             return self._optimizer.state[parameter][moment]
+        if self._is_whole_here():
+            return self._fragment(parameter, moment)
         return self._deepspeed.utils.safe_get_full_optimizer_state(parameter, moment)
 
     def _adam_step(self) -> Tensor:

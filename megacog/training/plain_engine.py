@@ -95,13 +95,10 @@ class PlainEngine:
 
     def get_state(self, name: str) -> dict[str, Tensor]:
         master = self._masters[name]
-        adam = self._optimizer.state.get(master, {})
-        state = {
-            "weight": self.weight(name),
-            "exp_avg": adam.get("exp_avg", torch.zeros_like(master)),
-            "exp_avg_sq": adam.get("exp_avg_sq", torch.zeros_like(master)),
-            "step": adam.get("step", torch.zeros(())),
-        }
+        adam = self._optimizer.state.get(master) or {
+            "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master), "step": torch.zeros(()),
+        }  # fmt: skip
+        state = {"weight": self.weight(name)} | {field: adam[field] for field in ("exp_avg", "exp_avg_sq", "step")}
         if self._weights[name] is not master:
             state["master"] = master.detach()
         return state

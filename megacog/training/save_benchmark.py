@@ -84,7 +84,7 @@ def measure(config: Config, steps: int, every: int, folder: Path, asynchronous: 
         train_step()
         if not state.writing:
             note(state.advance_save())
-        if asynchronous is not None and step % every == 0:
+        if asynchronous is not None and step % every == every // 2:  # steps follow the last one, too
             note(state.finish_save())
             state.start_save(step)
             if not asynchronous:

@@ -157,6 +157,7 @@ class RunState:
         self._saver = Saver(self.run_dir, retention, keep.asynchronous)
         engine.before_update(self._saver.wait_for_copy)
         self._config = config
+        self._settings, self._settings_hash = config.model_dump(mode="json"), config_hash(config)
         self._engine = engine
         self._groups = groups
         self._shapes = shapes
@@ -316,8 +317,8 @@ class RunState:
         return Manifest(
             step=step,
             samples=step * self._config.train.global_batch_size,
-            config=self._config.model_dump(mode="json"),
-            config_hash=config_hash(self._config),
+            config=self._settings,
+            config_hash=self._settings_hash,
             world=self._world(),
             fingerprints=self._fingerprints,
             versions=self._versions,
