@@ -16,9 +16,17 @@ from megacog.data.shards import Shard
 
 
 def children() -> set[int]:
-    """Process ids of this process's children."""
+    """Process ids of this process's living forks: loader processes. A run's watcher is a program of its own."""
     pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return {int(pid) for pid in pids}
+    own = command_line(os.getpid())
+    return {int(pid) for pid in pids if command_line(int(pid)) == own}
+
+
+def command_line(pid: int) -> bytes:
+    """Empty for one that has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def misbehave(

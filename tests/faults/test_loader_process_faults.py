@@ -46,7 +46,7 @@ def train(
 
     def noted(self: Loop, batches: Any, number: int) -> Any:
         report = step(self, batches, number)
-        samples.extend(report.sample_ids)
+        samples.extend(sample for batch in report.micro_batches for sample in batch.sample_ids)
         return report
 
     monkeypatch.setattr(Loop, "train_step", noted)
