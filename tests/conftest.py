@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ if not torch.cuda.is_available():
 # Test processes share the cores: how long an example takes says nothing about it.
 settings.register_profile("shared cores", deadline=None)
 settings.load_profile("shared cores")
+
+# A forked child has the objects of its parent's threads without the threads: gloo's would wait for them for ever if the
+# child collected them.
+os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
 ROOT = Path(__file__).resolve().parent.parent
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -5,6 +5,7 @@ Which process made an item, and how often it was tried, shows nowhere: an item i
 
 from __future__ import annotations
 
+import gc
 import itertools
 import mmap
 import os
@@ -106,6 +107,7 @@ class LoaderProcesses(Iterator[Any]):
         pid = os.fork()
         if pid == 0:
             try:
+                gc.freeze()  # what belongs to threads of the parent, as gloo's, must not be collected without them
                 for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                     signal.signal(name, signal.SIG_IGN)  # signals are for the training process
                 die_with(parent)

@@ -26,8 +26,14 @@ from megacog.runtime.faults import KINDS, PHASES, VARIABLE
 from megacog.training import pretrain
 
 _LONGEST = 120.0
+_LAST = 5000
+"""Characters of a failed run's output that are worth showing."""
 _STEP = 3
 """Of the fault: kernels and caches have been used before."""
+
+
+class NeverCameError(RuntimeError):
+    """The run ended before its fault: the machine held it up for longer than the watch allows."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Case:
 
     Attributes:
         kind, phase, rank: Of the fault.
-        limit: Seconds without progress that the phase is allowed.
+        limit: Seconds without progress that the phase is allowed; 0 if the rank is killed, which is seen at once.
         codes: Exit codes of the ranks; negative = ended by that signal.
         seconds: From the fault to the end of all processes of the run, orphans included.
         orphans: Processes that were still there afterwards.
@@ -64,13 +70,20 @@ def measure(config: Path, ranks: int, kind: str, phase: str, rank: int, limit: f
         kind: kill or stop.
         phase: Of megacog.runtime.faults.
         rank: That it hits.
-        limit: Seconds without progress that are allowed, three times as many when loading: other phases of a start,
-            in which python reads its packages, have the same.
+        limit: Seconds without progress that are allowed to stopped ranks, three times as many when loading: other
+            phases of a start, in which python reads its packages, have the same. Killed ones need no limit, and none
+            then ends a run that other work on the machine has held up.
+
+    Raises:
+        NeverCameError: With the end of the run's output.
     """
-    limits = {"step_seconds": limit, "slow_seconds": limit}
-    if phase == "load":
+    if kind != "stop":
+        limit, limits = 0.0, {}
+    elif phase == "load":
         limit *= 3
         limits = {"start_seconds": limit}
+    else:
+        limits = {"step_seconds": limit, "slow_seconds": limit}
     with tempfile.TemporaryDirectory(prefix="megacog-fault-") as temporary:
         folder = Path(temporary)
         settings = [f"watch.{key}={seconds}" for key, seconds in limits.items()]
@@ -80,7 +93,7 @@ def measure(config: Path, ranks: int, kind: str, phase: str, rank: int, limit: f
         if phase == "load":  # which needs something to load
             codes, *_ = run_forked_ranks([*arguments, f"train.steps={_STEP}"], ranks, folder, "")
             if any(codes):
-                raise RuntimeError((folder / "output").read_text())
+                raise RuntimeError((folder / "output").read_text()[-_LAST:])
             shutil.rmtree(folder / "run/export")
         came = folder / "came"
         step = "" if phase == "load" else f"step:{_STEP},"
@@ -88,7 +101,7 @@ def measure(config: Path, ranks: int, kind: str, phase: str, rank: int, limit: f
         codes, ended, orphans = run_forked_ranks(arguments, ranks, folder, fault)
         output = (folder / "output").read_text()
         if not came.exists():
-            raise RuntimeError(f"the fault {fault} never came:\n{output}")
+            raise NeverCameError(f"the fault {fault} never came:\n{output[-_LAST:]}")
         seconds = ended - came.stat().st_mtime
     place = f"rank {rank} on {socket.gethostname()}"
     named = any(place in line and phase in line for line in output.splitlines() if "WATCH" in line)
@@ -178,7 +191,7 @@ def summary(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
     found = {}
     for kind in sorted({case.kind for case in cases}):
         mine = [case for case in cases if case.kind == kind]
-        seconds = [round(case.seconds - (0 if kind == "kill" else case.limit), 2) for case in mine]
+        seconds = [round(case.seconds - case.limit, 2) for case in mine]
         found[kind] = {
             "cases": len(mine), "p50": quantile(seconds, 0.5), "p95": quantile(seconds, 0.95), "max": max(seconds),
             "not_named": sum(not case.named for case in mine), "orphans": sum(case.orphans for case in mine),

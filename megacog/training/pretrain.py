@@ -6,6 +6,7 @@ import argparse
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,8 +165,11 @@ def start_processes(config: Config, ranks: Ranks) -> torch.device:
     beat("meet", 0)
     # The watch names a rank that is stuck; a collective alone would only say that it has waited.
     limit = max(config.watch.start_seconds, config.watch.slow_seconds) + _COLLECTIVE_MARGIN
+    started = time.monotonic()
     with meeting():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=limit))
+    if ranks.world_size > 1:
+        log.info("all %d ranks have met after %.1f s", ranks.world_size, time.monotonic() - started)
     return device
 
 

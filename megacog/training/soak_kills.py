@@ -27,6 +27,8 @@ from megacog.training.soak_ranks import StartedRanks
 from megacog.training.soak_record import Line
 from megacog.training.soak_runs import EVERY, PATIENCE, Failed, Layout, Runs, finish, look_at
 
+_LAUNCHER_SECONDS = 20.0
+"""After which the trial ends forked ranks that wait for one that was killed: they have no launcher that does."""
 _COLD_SECONDS = 30.0
 """Of a launched start, from which the moments of its kills are drawn."""
 
@@ -50,7 +52,8 @@ class Kill:
     lost: int
     """Steps of this start that must be done again."""
     ended_seconds: float | None
-    """Until the other ranks had ended by themselves, if one rank was killed."""
+    """Until the other ranks had ended by themselves, if one rank was killed; None, too, if that was before ranks had
+    met, which only a launcher sees."""
 
 
 def run_trial(runs: Runs, number: int, seed: int, launcher: str | None) -> Line:
@@ -160,9 +163,16 @@ class _Trial:
                 raise Failed(f"no save begins within {PATIENCE:g} s")
             time.sleep(0.001)
 
-    def _others_end(self, ranks: StartedRanks, whom: int) -> float:
-        """Seconds until all have ended by themselves after a rank was killed, and nothing is left."""
+    def _others_end(self, ranks: StartedRanks, whom: int) -> float | None:
+        """Seconds until all have ended by themselves after a rank was killed, and nothing is left.
+
+        None if ranks without a launcher had not met.
+        """
         killed = time.monotonic()
+        codes = ranks.wait(_LAUNCHER_SECONDS)
+        if None in codes and self._launcher is None and "ranks have met" not in self._log():
+            ranks.kill()
+            return None
         codes = ranks.wait(PATIENCE)
         if None in codes:
             raise Failed(f"rank {whom} was killed, and {PATIENCE:g} s later others still run")
@@ -190,9 +200,13 @@ class _Trial:
                 raise Failed(f"{path.name} is named as a checkpoint, but {error}") from error
         return int(found[0].name.removeprefix("step-")) if found else 0
 
+    def _log(self) -> str:
+        """Of the last start."""
+        return (self._folder / f"start-{self._starts - 1}.log").read_text(errors="replace")
+
     def _check_start(self) -> None:
         """The start that has just ended must have continued from the newest checkpoint that was there."""
-        text = (self._folder / f"start-{self._starts - 1}.log").read_text(errors="replace")
+        text = self._log()
         resumed = [int(step) for step in re.findall(r"resumed at step (\d+) from", text)]
         if resumed not in ([], [self._checkpoint]) or (self._checkpoint == 0 and resumed):
             raise Failed(f"resumed at {resumed}, not at step {self._checkpoint}")

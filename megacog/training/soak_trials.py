@@ -157,6 +157,9 @@ def summary(lines: Sequence[Line]) -> str:
         "  runs started by: " + _counted(trial.get("start", "?") for trial in trials),
         "  layouts: " + _counted(trial.get("layout", "?") for trial in trials),
     ]
+    alone = sum(kill["whom"] != "all" and kill["ended_seconds"] is None for _, kill in kills)
+    if alone:
+        text.append(f"  killed before ranks had met, the others ended as by a launcher: {alone}")
     for saving in ("sync", "async"):
         lost = [kill["lost"] for trial, kill in kills if f"-{saving}-" in trial["layout"]]
         if lost:
