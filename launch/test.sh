@@ -46,10 +46,9 @@ part "mypy" mypy
 part "tests" python -m pytest -q --durations=10 "${parallel[@]}" -m "not slow" "${apart[@]}"
 if [ "$mode" = all ]; then
     part "slow tests" python -m pytest -q --durations=10 "${parallel[@]}" -m slow "${apart[@]}"
-    # These start and kill clusters and daemons of their own: one after another.
-    for folder in cluster faults; do
-        [ -d "tests/$folder" ] && part "tests/$folder" python -m pytest -q -rs --durations=10 "tests/$folder"
-    done
+    part "tests/faults" python -m pytest -q -rs --durations=10 -n "$workers" --dist loadfile tests/faults
+    # One cluster with its daemons at a time.
+    part "tests/cluster" python -m pytest -q -rs --durations=10 tests/cluster
     rm -rf runs/smoke # parts of an earlier run would not be run again
     part "quickstart" bash launch/quickstart.sh --smoke
 fi
