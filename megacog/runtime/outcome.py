@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-VARIABLE = "MEGACOG_SUPERVISOR"
-"""Names the folder; also marks all processes of one supervisor."""
+VARIABLE = "PYTHON_MEGACOG_SUPERVISOR"
+"""Names the folder; also marks all processes of one supervisor. Over ssh, also to its own host, DeepSpeed hands on only
+variables that begin with PYTHON and the like."""
 _PID = "pid"
 _PLACE = "place"
 
