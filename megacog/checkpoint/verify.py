@@ -17,6 +17,8 @@ from megacog.errors import MegacogError
 from megacog.runtime.files import sha256_file
 
 EXPORT = "export"
+_COMMAND = "command.txt"
+"""What a run writes before anything else."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Finding:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder holds checkpoints, frozen weights or an export."""
-    return checkpoints_folder(path).is_dir() or any((path / name / FILE_NAME).is_file() for name in (FROZEN, EXPORT))
+    """Whether a folder holds checkpoints, frozen weights or an export, or is of a run that has begun."""
+    written = (path / _COMMAND, path / FROZEN / FILE_NAME, path / EXPORT / FILE_NAME)
+    return checkpoints_folder(path).is_dir() or any(file.is_file() for file in written)
 
 
 def verify_run(run_dir: Path, full: bool) -> list[Finding]:

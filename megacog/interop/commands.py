@@ -233,6 +233,8 @@ def _add_tokenizers(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if not options.export.is_dir():
+        raise CheckpointError(f"{options.export}: no such folder; give that of a run (train.run_dir) or of an export")
     if is_run(options.export):
         return _verify_run(options.export, options.full)
     export = open_export(options.export, verify=True)
@@ -248,6 +250,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _verify_run(run_dir: Path, full: bool) -> int:
     found = verify_run(run_dir, full)
+    if not found:
+        raise CheckpointError(f"{run_dir}: no checkpoints yet: the run has begun and saved nothing so far")
     width = max([len(row.name) for row in found], default=0)
     for row in found:
         state = "DAMAGED" if row.problem else "whole" if full else "sizes fit"

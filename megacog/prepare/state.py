@@ -20,6 +20,7 @@ from typing import Any
 from megacog.data.shards import shard_path
 from megacog.errors import ConfigError, DataError, EnvError
 from megacog.prepare.sources import Failure
+from megacog.runtime import outcome
 from megacog.runtime.files import atomic_file, require_space, sync_directory, write_json
 
 FORMAT = "megacog-prepare"
@@ -172,6 +173,7 @@ class PartialOutput:
     def finish_slice(self, part: Part, index: int, record: SliceRecord) -> None:
         """Notes that a slice and its shard are complete."""
         write_json(self._record_path(part, index), asdict(record))
+        outcome.reach(self.slice_path(part, index).name)
 
     def _record_path(self, part: Part, index: int) -> Path:
         return self.slice_path(part, index).with_suffix(".json")

@@ -26,6 +26,7 @@ from typing import Any
 from megacog.errors import EXIT_FAULT, EnvError, MegacogError
 from megacog.runtime import outcome
 from megacog.runtime.log import get_logger
+from megacog.runtime.pauses import Pauses
 from megacog.runtime.ranks import Ranks
 from megacog.runtime.watcher import GRACE, RECORD, say
 
@@ -34,6 +35,8 @@ log = get_logger(__name__)
 _PACKAGES = Path(__file__).resolve().parents[2]
 """Where the watcher finds megacog."""
 _START_SECONDS = 60.0
+_LISTEN = 1.0
+"""Seconds after which the thread that listens looks whether it has heard anything."""
 _LOST_PEERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL")
 """In messages of torch.distributed after another rank has gone."""
 
@@ -205,13 +208,17 @@ class Watch:
     def _listen(self) -> None:
         """The thread that hears the watcher, and ends this process when it must end."""
         received, heard, patience = b"", time.monotonic(), _START_SECONDS
+        pauses = Pauses(_LISTEN, heard)
         while True:
-            if not select.select([self._channel], [], [], 1.0)[0]:
-                if time.monotonic() - heard > patience:
+            silent = not select.select([self._channel], [], [], _LISTEN)[0]
+            now = time.monotonic()
+            heard += pauses.look(now)  # whatever stopped this process stopped the watcher, too
+            if silent:
+                if now - heard > patience:
                     self._watcher.kill()  # it may be stopped
                     self._leave(f"its watcher has not answered for {patience:.0f} s")
                 continue
-            heard, patience = time.monotonic(), self.limits.lost
+            heard, patience = now, self.limits.lost
             try:
                 data = self._channel.recv(1 << 16)
             except OSError:

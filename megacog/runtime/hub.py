@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megacog.runtime.pauses import Pauses
+
 TICK = 0.5
 """Seconds between two looks of a watcher at its rank."""
 GATHER = 0.7
@@ -36,7 +38,7 @@ class Beat:
         step: Optimizer step.
         phase: What it does, e.g. "forward".
         limit: Seconds without progress that are too many in this phase.
-        age: Seconds since the beat, by the clock of the rank's machine.
+        age: Seconds since the beat, by the clock of the rank's machine, without those in which its watcher did not run.
         state: Of the process as in /proc: R running, S waiting, D waiting for a device or file, T stopped.
     """
 
@@ -103,7 +105,8 @@ class Hub:
         self.world_size = world_size
         self.members: dict[int, Member] = {}
         self._lost_seconds = lost_seconds
-        self._started = self._looked = now
+        self._started = now
+        self._pauses = Pauses(TICK, now)
 
     def join(self, rank: int, host: str, pid: int, now: float) -> None:
         """A watcher has reported for the first time."""
@@ -134,11 +137,10 @@ class Hub:
 
     def verdict(self, now: float) -> Verdict | None:
         """Why the run must end, as soon as that is certain. Call it every TICK."""
-        pause = now - self._looked - TICK
-        self._looked = now
-        if pause > 2 * TICK:  # this process did not run: what it has not heard meanwhile means nothing
-            for member in self.members.values():
-                member.heard += pause
+        pause = self._pauses.look(now)
+        self._started += pause
+        for member in self.members.values():
+            member.heard = min(now, member.heard + pause)  # what was not heard meanwhile means nothing
         return self._gone(now) or self._missing(now) or self._silent(now) or self._stuck(now)
 
     def _gone(self, now: float) -> Verdict | None:

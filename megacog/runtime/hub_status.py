@@ -32,14 +32,15 @@ class StatusFile:
 
     def write(self, now: float) -> None:
         """What all ranks do, every few seconds, for people to look at."""
-        if self._training and now - self._written >= _STATUS_SECONDS:
+        busy = self._thread is not None and self._thread.is_alive()
+        if self._training and not busy and now - self._written >= _STATUS_SECONDS:
             self._written = now
             table = [_row(member, now) for _, member in sorted(self._hub.members.items())]
             text = json.dumps({"time": _clock(), "ranks": table}, indent=1)
             self._start(lambda: self._replace(text))
 
     def report(self, reason: str, stacks: Mapping[int, str]) -> None:
-        """Add why the run has ended, and the stacks, to the log."""
+        """Add why the run has ended, and the stacks, to the log, once what is being written is there."""
         if not self._training:
             return
         parts = [f"{_clock()} {reason}\n"]
@@ -56,11 +57,7 @@ class StatusFile:
             self._thread.join(_CLOSE_SECONDS)
 
     def _start(self, action: Callable[[], None]) -> None:
-        if self._thread is not None:
-            self._thread.join(0 if self._thread.is_alive() else None)
-            if self._thread.is_alive():
-                return  # the disk hangs; the next time, perhaps
-        self._thread = threading.Thread(target=_ignoring_errors, args=(action,), daemon=True)
+        self._thread = threading.Thread(target=_write, args=(action, self._thread), daemon=True)
         self._thread.start()
 
     def _replace(self, text: str) -> None:
@@ -73,8 +70,10 @@ class StatusFile:
             file.write(text)
 
 
-def _ignoring_errors(action: Callable[[], None]) -> None:
-    """A full or missing disk must not end a run that is well."""
+def _write(action: Callable[[], None], former: threading.Thread | None) -> None:
+    """After the former thread. A full or missing disk must not end a run that is well."""
+    if former is not None:
+        former.join()
     try:
         action()
     except OSError:

@@ -1,7 +1,8 @@
 """What a supervised process leaves behind, so that its supervisor need not believe the exit code of a launcher.
 
 `deepspeed` ends with 0 when its own child is killed, torchrun with 1 whatever its ranks do. Under launch/supervise.py
-every rank on that machine notes its own end in a folder which an environment variable names; elsewhere nothing happens.
+every rank on that machine notes its own end, and how far the work has come, in a folder which an environment variable
+names; elsewhere nothing happens.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-VARIABLE = "MEGACOG_SUPERVISOR"
-"""Names the folder; also marks all processes of one supervisor."""
+VARIABLE = "PYTHON_MEGACOG_SUPERVISOR"
+"""Names the folder; also marks all processes of one supervisor. Over ssh, also to its own host, DeepSpeed hands on only
+variables that begin with PYTHON and the like."""
 _PID = "pid"
+_PLACE = "place"
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,26 @@ class Outcome:
 
 def note(code: int | None, error: str = "") -> None:
     """Note that this process has started (code None) or ends."""
-    folder = _folder()
-    if folder is None:
-        return
-    path = folder / f"{os.getpid()}.json"
-    content = {"rank": os.environ.get("RANK"), "code": code, "error": error}
-    try:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content))
-        temporary.replace(path)
-    except OSError:
-        pass  # the exit code is what remains
+    _write(f"{os.getpid()}.json", json.dumps({"rank": os.environ.get("RANK"), "code": code, "error": error}))
+
+
+def reach(place: str) -> None:
+    """Note that the next start will go on from here, e.g. from a checkpoint that is complete."""
+    _write(_PLACE, place)
 
 
 def outcomes(folder: Path) -> Iterator[Outcome]:
     """What processes have noted."""
     for path in sorted(folder.glob("*.json")):
         yield Outcome(**json.loads(path.read_text()))
+
+
+def reached(folder: Path) -> str | None:
+    """The last place that a process has noted, if any."""
+    try:
+        return (folder / _PLACE).read_text()
+    except OSError:
+        return None
 
 
 def claim(folder: Path) -> None:
@@ -65,6 +71,18 @@ def supervisor() -> int | None:
         return int((folder / _PID).read_text()) if folder is not None else None
     except (OSError, ValueError):
         return None
+
+
+def _write(name: str, text: str) -> None:
+    folder = _folder()
+    if folder is None:
+        return
+    try:
+        temporary = folder / f"{os.getpid()}.tmp"
+        temporary.write_text(text)
+        temporary.replace(folder / name)
+    except OSError:
+        pass  # the exit code is what remains
 
 
 def _folder() -> Path | None:

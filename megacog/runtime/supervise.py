@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from megacog.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED
-from megacog.runtime.outcome import VARIABLE, Outcome, claim, outcomes
+from megacog.runtime.outcome import VARIABLE, Outcome, claim, outcomes, reached
 
 _SAME_FAULT = 3
 _LONGEST_WAIT = 300.0
@@ -38,6 +37,21 @@ class Verdict:
 
     kind: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start that has ended.
+
+    Attributes:
+        verdict: How.
+        seconds: It lasted.
+        place: From which the next one goes on, as the ranks on this machine say; None = they have not come so far.
+    """
+
+    verdict: Verdict
+    seconds: float = 0.0
+    place: str | None = None
 
 
 def judge(code: int, found: Sequence[Outcome]) -> Verdict:
@@ -60,8 +74,8 @@ def judge(code: int, found: Sequence[Outcome]) -> Verdict:
 
 
 def fingerprint(reason: str) -> str:
-    """Of a fault: the same for another step, process or address."""
-    return re.sub(r"0x[0-9a-f]+|\d+", "#", reason)
+    """Of a fault: the same for another step, process or address, not for another exit code."""
+    return re.sub(r"(exit code -?\d+)|0x[0-9a-f]+|\d+", lambda found: found[1] or "#", reason)
 
 
 class Supervisor:
@@ -70,7 +84,8 @@ class Supervisor:
     Args:
         command: What is run.
         max_restarts: Restarts in a row after less than `min_uptime` seconds each.
-        min_uptime: Seconds after which a start counts as good: restarts and equal faults are counted from zero.
+        min_uptime: Seconds after which restarts are counted from zero. Equal faults are not, since a big model takes
+            minutes to load before the same fault comes again: they are after a new checkpoint or shard.
         backoff: Seconds before the first restart after a fault; doubled with every further one in a row.
         leave_seconds: For the processes of a start to end once they should; then they are killed.
     """
@@ -82,6 +97,8 @@ class Supervisor:
         self._max_restarts, self._min_uptime = max_restarts, min_uptime
         self._backoff, self._leave_seconds = backoff, leave_seconds
         self._received: list[signal.Signals] = []
+        self._passed_on = 0
+        """How many of these."""
         self._leave_by: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = Path()
@@ -90,10 +107,11 @@ class Supervisor:
         """Start the command until it is done, refused, hopeless, or this process is told to stop; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
-        restarts = 0
+        restarts, place = 0, None
         faults: list[str] = []
-        for start in range(1, sys.maxsize):
-            verdict, uptime = self._start(start)
+        for count in range(1, sys.maxsize):
+            start = self._start(count)
+            verdict = start.verdict
             if verdict.kind == "done":
                 say("done")
                 return EXIT_DONE
@@ -103,8 +121,10 @@ class Supervisor:
             if self._received:
                 say(f"{verdict.reason}; not started again after {self._received[0].name}")
                 return EXIT_PREEMPTED if verdict.kind == "stopped" else EXIT_FAULT
-            if uptime >= self._min_uptime:
-                restarts, faults = 0, []
+            if start.seconds >= self._min_uptime:
+                restarts = 0
+            if start.place not in (None, place):
+                faults, place = [], start.place
             faults = [*faults, fingerprint(verdict.reason)] if verdict.kind == "fault" else []
             if faults and faults[-_SAME_FAULT:].count(faults[-1]) == _SAME_FAULT:
                 say(f"given up: the same fault {_SAME_FAULT} times: {verdict.reason}")
@@ -114,42 +134,52 @@ class Supervisor:
                 return EXIT_FAULT
             restarts += 1
             wait = min(self._backoff * 2 ** (len(faults) - 1), _LONGEST_WAIT) if faults else 0.0
-            say(f"start {start} ended after {uptime:.0f} s: {verdict.reason}; restart {restarts} in {wait:g} s")
+            say(f"start {count} ended after {start.seconds:.0f} s: {verdict.reason}; restart {restarts} in {wait:g} s")
             self._sleep(wait)
             if self._received:
                 say(f"not started again after {self._received[0].name}")
                 return EXIT_FAULT
         raise AssertionError("unreachable")
 
-    def _start(self, number: int) -> tuple[Verdict, float]:
-        """Run the command once; how it ended and after how many seconds."""
-        self._folder = Path(tempfile.mkdtemp(prefix="megacog-supervise-"))
-        claim(self._folder)
+    def _start(self, number: int) -> Start:
+        """Run the command once; how it ended."""
         say(f"start {number}: {shlex.join(self._command)}")
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="megacog-supervise-", ignore_cleanup_errors=True)
+            claim(Path(folder.name))
+        except OSError as error:
+            reason = f"no temporary folder for what the ranks note: {error.strerror}; free space, or set TMPDIR"
+            return Start(Verdict("fault", reason))
+        with folder:
+            self._folder = Path(folder.name)
+            return self._run_command()
+
+    def _run_command(self) -> Start:
         began, self._leave_by = time.monotonic(), None
         try:
             # Its own session: Ctrl-C must reach the ranks by way of this process, not by way of their launchers.
             self._process = subprocess.Popen(
                 self._command, env=os.environ | {VARIABLE: str(self._folder)}, start_new_session=True
             )
-            while self._process.poll() is None:
-                time.sleep(_POLL)
-                if self._leave_by is not None and time.monotonic() > self._leave_by:
-                    self._kill()
-            code = self._process.returncode
-            self._wait_for_members()
-            return judge(code, list(outcomes(self._folder))), time.monotonic() - began
         except OSError as error:
-            return Verdict("refused", f"{self._command[0]}: {error}"), 0.0
-        finally:
-            self._process = None
-            shutil.rmtree(self._folder, ignore_errors=True)
+            return Start(Verdict("refused", f"{self._command[0]}: {error}"))
+        while self._process.poll() is None:
+            time.sleep(_POLL)
+            self._pass_on()
+            if self._leave_by is not None and time.monotonic() > self._leave_by:
+                self._kill()
+        code = self._process.returncode
+        self._wait_for_members()
+        self._process = None
+        verdict = judge(code, list(outcomes(self._folder)))
+        return Start(verdict, time.monotonic() - began, reached(self._folder))
 
     def _wait_for_members(self) -> None:
         """The command has ended; what it has left running may save and leave, and is killed if it does not."""
         deadline = self._leave_by or time.monotonic() + self._leave_seconds
         told = False
         while members := list(self._members()):
+            self._pass_on()
             if time.monotonic() > deadline:
                 self._kill()
             elif not told and time.monotonic() > deadline - self._leave_seconds + 2:
@@ -167,9 +197,13 @@ class Supervisor:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received.append(signal.Signals(number))
-        if self._process is not None:
+
+    def _pass_on(self) -> None:
+        """What has been received goes to the ranks: from here, since a signal may come before there is a process."""
+        for number in self._received[self._passed_on :]:
+            self._passed_on += 1
             self._leave_by = self._leave_by or time.monotonic() + self._leave_seconds
-            self._signal(signal.Signals(number))
+            self._signal(number)
 
     def _signal(self, number: signal.Signals) -> None:
         """Send it to all ranks here; to the command itself where there are none."""
@@ -245,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-restarts", type=int, default=20, metavar="N", help="restarts in a row of short starts")
     parser.add_argument(
         "--min-uptime", type=float, default=300.0, metavar="S",
-        help="a start of so many seconds is a good one: restarts and equal faults count from zero again",
+        help="after a start of so many seconds restarts count from zero again (equal faults: after a new checkpoint)",
     )  # fmt: skip
     parser.add_argument("--backoff", type=float, default=5.0, metavar="S", help="before the first restart; doubles")
     parser.add_argument(

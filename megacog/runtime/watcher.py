@@ -27,6 +27,7 @@ from typing import Any
 
 from megacog.runtime.hub import TICK, Beat, Hub, Verdict
 from megacog.runtime.hub_status import StatusFile
+from megacog.runtime.pauses import Pauses
 
 RECORD = struct.Struct("<QqddQ16s")
 """count, step, monotonic time of the last progress, limit in seconds, count again, phase."""
@@ -119,7 +120,7 @@ class Watcher:
         self._heard = now
         """When the hub was heard last."""
         self._told = 0.0
-        self._looked = now
+        self._pauses = Pauses(TICK, now)
         self._leaving = False
         self._ended: float | None = None
         """Since when the rank is told to end."""
@@ -133,10 +134,7 @@ class Watcher:
             for key, _ in self._selector.select(TICK / 2):
                 self._serve(key.data)
             now = time.monotonic()
-            if now - self._looked >= TICK:
-                if now - self._looked > self._lost_seconds / 2:
-                    self._heard = now  # this process did not run, so it cannot have heard anything
-                self._looked = now
+            if now - self._pauses.looked >= TICK:
                 self._look(now)
         for line in self._peers.values():
             line.send({"closing": True})
@@ -271,6 +269,9 @@ class Watcher:
     # What is seen
 
     def _look(self, now: float) -> None:
+        pause = self._pauses.look(now)
+        if pause > self._lost_seconds / 2:
+            self._heard = now  # rank 0's machine may be continued a little later than this one
         self._look_for_launchers()
         if self._ended is not None:
             self._kill_if_still_there(now)
@@ -304,7 +305,8 @@ class Watcher:
         count, step, moment, limit, check, phase = RECORD.unpack(self._record)
         if count != check:
             return None
-        return Beat(count, step, phase.rstrip(b"\0").decode(), limit, max(0.0, now - moment), _state(self.pid))
+        age = max(0.0, now - moment - self._pauses.since(moment))  # a suspended run is not stuck
+        return Beat(count, step, phase.rstrip(b"\0").decode(), limit, age, _state(self.pid))
 
     def _look_for_launchers(self) -> None:
         """A rank without its launcher is one that nobody can stop or sees fail: it shall save and leave."""

@@ -9,6 +9,7 @@ from megacog.checkpoint.saver import Saved
 from megacog.config.schema import CheckpointConfig
 from megacog.errors import MegacogError
 from megacog.metrics.record import Recorder
+from megacog.runtime import outcome
 from megacog.runtime.log import SHARED, get_logger
 from megacog.training.state import RunState
 
@@ -84,6 +85,7 @@ class Checkpoints:
     def _tell(self, saved: Saved | None) -> None:
         if saved is None:
             return
+        outcome.reach(saved.path.name)
         self.seconds = saved.seconds
         speed = saved.bytes / saved.seconds
         log.info(

@@ -254,6 +254,7 @@ def roll_back(config: Config, checkpoints: Checkpoints, rollbacks: Rollbacks) ->
     run_dir = Path(config.train.run_dir)
 
     def act(step: int, loss: float) -> bool:
+        beat("save", step)  # it waits for files
         checkpoints.complete()
         return on_rank_0(lambda: record_rollback(run_dir, rollbacks, config.watch.max_rollbacks, step, loss))
 

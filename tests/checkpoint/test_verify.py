@@ -11,6 +11,7 @@ from small_checkpoints import SIZES, flip_byte, header, record, save
 
 from megacog.checkpoint.manifest import FILE_NAME
 from megacog.checkpoint.store import save_frozen
+from megacog.errors import CheckpointError
 from megacog.interop.main import main
 
 SECOND = "checkpoints/step-0000002"
@@ -37,6 +38,18 @@ def test_a_whole_run_is_told_thing_by_thing(run_dir: Path, capsys: pytest.Captur
     assert names[:4] == [SECOND, "checkpoints/step-0000001", "frozen", "checkpoints/.step-0000003.tmp-0123456789ab"]
     assert "whole      24 samples, 1 ranks, evaluation loss 0.5000" in lines[0] and "unfinished" in lines[3]
     assert lines[-1].endswith("4 things checked (every byte), 0 damaged")
+
+
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [("gone", "no such folder"), ("begun", "no checkpoints yet"), ("saving", "no checkpoints yet")],
+)
+def test_a_folder_that_holds_nothing_to_check_is_told(tmp_path: Path, folder: str, told: str) -> None:
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/command.txt").touch()
+    (tmp_path / "saving/checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f"{folder}: {told}"):
+        main(["verify", str(tmp_path / folder)])
 
 
 def cut(path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,28 @@ def assert_trained(run_dir: Path, code: int, said: str) -> None:
     steps = [record["step"] for record in read_records(run_dir / "metrics.jsonl") if record["kind"] == "train"]
     assert steps == [1, 2, 3, 4], said
     assert open_export(run_dir / "export", verify=True).files
+
+
+def test_a_supervisor_of_a_hostfile_finds_the_ranks_on_its_machine(
+    hosts: SshHosts, inputs: Path, hostfile: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    command = [
+        sys.executable, "launch/supervise.py", str(BIN / "deepspeed"), "--hostfile", str(hostfile),
+        "--master_addr", HOSTS[0], "--master_port", str(free_port()), "launch/pretrain.py",
+        "--config", str(config_of(inputs, run_dir, nodes=2)), "train.steps=100000",
+    ]  # fmt: skip
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=hosts.environment, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 150
+            while not (run_dir / "checkpoints/latest").exists():
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+        finally:
+            process.terminate()
+        code, said = process.wait(100), (tmp_path / "log").read_text()
+    assert code == 85 and "SIGTERM to 2 ranks here" in said and "saved and stopped" in said, said
 
 
 def test_deepspeed_trains_over_ssh_on_the_hosts_of_a_hostfile(

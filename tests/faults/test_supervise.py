@@ -41,6 +41,11 @@ def test_the_same_fault_has_the_same_fingerprint_at_another_step() -> None:
     assert fingerprint(one) == fingerprint(other) != fingerprint(one.replace("save", "load"))
 
 
+def test_other_exit_codes_are_other_faults() -> None:
+    codes = ("exit code 1", "exit code 134", "exit code 139", "exit code -9", "exit code -11")
+    assert len({fingerprint(f"1 of 2 processes here did not finish; {code}") for code in codes}) == len(codes)
+
+
 def supervise(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "launch/supervise.py"), *arguments]
     return subprocess.Popen(
@@ -67,6 +72,9 @@ def test_a_command_that_fails_twice_is_started_three_times_with_growing_pauses(t
         ("exit 3", [], 1, "given up: the same fault 3 times: exit code 3", 3),
         ("exit $((10 + $(wc -l <STARTS)))", ["--max-restarts", "1"], 1, "given up after 1 restarts", 2),
         ("exit 3", ["--min-uptime", "0", "--max-restarts", "0"], 1, "given up after 0 restarts", 1),
+        ("sleep 0.4; exit 3", ["--min-uptime", "0.2"], 1, "given up: the same fault 3 times: exit code 3", 3),
+        ("REACH same; exit 3", [], 1, "given up: the same fault 3 times: exit code 3", 3),
+        ("n=$(wc -l <STARTS); REACH $n; [ $n = 4 ] || exit 3", [], 0, "done", 4),
         ("exit 75", [], 75, "not started again", 1),
         ('[ "$(wc -l <STARTS)" = 2 ] || exit 85', [], 0, "saved and stopped; restart 1 in 0 s", 2),
     ],
@@ -74,7 +82,8 @@ def test_a_command_that_fails_twice_is_started_three_times_with_growing_pauses(t
 def test_it_stops_when_it_must(
     tmp_path: Path, script: str, options: list[str], code: int, says: str, starts: int
 ) -> None:
-    script = f"echo x >>STARTS; {script}".replace("STARTS", str(tmp_path / "starts"))
+    reach = f"{sys.executable} -c 'import sys; from megacog.runtime.outcome import reach; reach(sys.argv[1])'"
+    script = f"echo x >>STARTS; {script}".replace("STARTS", str(tmp_path / "starts")).replace("REACH", reach)
     found, said = end(supervise("--backoff", "0.1", *options, "bash", "-c", script))
     assert found == code and says in said, said
     assert len((tmp_path / "starts").read_text().split()) == starts
@@ -108,6 +117,35 @@ def test_a_signal_goes_to_all_ranks_at_once_and_not_to_their_launcher(tmp_path: 
     process.send_signal(number)
     code, said = end(process)
     assert code == 85 and f"{number.name} to 3 ranks here" in said, said
+
+
+EARLY = """
+import os, signal, sys
+from megacog.runtime import supervise
+def claim_and_be_told(folder, claim=supervise.claim):
+    claim(folder)
+    os.kill(os.getpid(), signal.SIGTERM)
+supervise.claim = claim_and_be_told
+sys.exit(supervise.main(["sleep", "30"]))
+"""
+
+
+def test_a_signal_before_there_is_a_process_reaches_it_all_the_same() -> None:
+    since = time.monotonic()
+    command = [sys.executable, "-c", EARLY]
+    done = subprocess.run(command, env=python_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "SIGTERM to the command" in done.stderr, done.stderr
+    assert "not started again after SIGTERM" in done.stderr and time.monotonic() - since < 20
+
+
+def test_a_folder_for_notes_that_cannot_be_made_is_a_fault_that_says_so(tmp_path: Path) -> None:
+    program = "import sys, tempfile; from megacog.runtime import supervise; tempfile.tempdir = sys.argv[1] + '/gone'; "
+    program += "sys.exit(supervise.main(['--backoff', '0.1', 'true']))"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=python_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "given up: the same fault 3 times: no temporary folder for what the ranks note" in done.stderr
+    assert "set TMPDIR" in done.stderr
 
 
 def test_what_a_dead_launcher_leaves_behind_is_ended(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from megacog.prepare.pipeline import PrepareSettings, Summary, encode_in_batches
 from megacog.prepare.sources import Failure, read_source
 from megacog.prepare.state import PartialOutput, write_failures
 from megacog.prepare.workers import Decode, WorkerLimits
+from megacog.runtime import outcome
 from megacog.tokenizers.frames import load_frame_tokenizer
 
 pytestmark = pytest.mark.distributed
@@ -92,6 +93,15 @@ def test_good_rows_become_clips_and_bad_ones_are_listed_with_reasons(
     }.items():
         assert found[line][0] == video and reason in found[line][1]
     assert not list(folder.glob("*.partial"))
+
+
+def test_a_supervisor_learns_of_finished_shards(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    assert outcome.reached(tmp_path) is None
+    _prepare(corpus, tmp_path / "clips")
+    assert outcome.reached(tmp_path) == "clips-00003.h5"
 
 
 def test_shards_hold_the_codes_of_the_decoded_frames(corpus: Path, made: tuple[Path, Summary]) -> None:

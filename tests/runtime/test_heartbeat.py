@@ -25,8 +25,8 @@ from megacog.runtime.heartbeat import Limits, Watch, alive, beat
 from megacog.runtime.ranks import Ranks
 
 rank, world, folder, source = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-limits = Limits(step=1.5, start=1.5, slow=60.0, lost=3.0)
-with Watch(Ranks(rank, world, rank, world, source), limits, folder) as watch:
+start = Limits(step=60.0, start=60.0, slow=60.0, lost=LOST)
+with Watch(Ranks(rank, world, rank, world, source), start, folder) as watch:
     place = folder / "address"
     if rank == 0:
         temporary = folder / "address.tmp"
@@ -38,9 +38,12 @@ with Watch(Ranks(rank, world, rank, world, source), limits, folder) as watch:
     (folder / f"met-{rank}").touch()
     while not all((folder / f"met-{other}").exists() for other in range(world)):
         time.sleep(0.01)
+    watch.limits = Limits(step=LIMIT, start=LIMIT, slow=60.0, lost=LOST)
     beat("save", 7)
-{body}
+BODY
 '''
+LOST = 5.0
+"""Seconds of silence of a watcher that are too many."""
 Processes = list[subprocess.Popen[str]]
 
 
@@ -53,19 +56,26 @@ def started() -> Iterator[Processes]:
         process.communicate()
 
 
-def start(started: Processes, folder: Path, body: str, world: int = 1, source: str = "environment") -> Processes:
-    """Processes that run `body` while they are watched, once their watchers have met."""
-    program = PROGRAM.replace("{body}", textwrap.indent(textwrap.dedent(body), "    "))
+def program_of(body: str, limit: float = 1.5) -> str:
+    """A program that runs `body` under a limit in seconds, once all watchers have met."""
+    text = PROGRAM.replace("BODY", textwrap.indent(textwrap.dedent(body), "    "))
+    return text.replace("LIMIT", str(limit)).replace("LOST", str(LOST))
+
+
+def start(started: Processes, folder: Path, body: str, world: int = 1, limit: float = 1.5) -> Processes:
+    """Processes, each in a group of its own, that run `body` while they are watched, once their watchers have met."""
     for rank in range(world):
-        command = [sys.executable, "-c", program, str(rank), str(world), str(folder), source]
+        command = [sys.executable, "-c", program_of(body, limit), str(rank), str(world), str(folder), "environment"]
         started.append(
-            subprocess.Popen(command, env=python_environment(), stderr=subprocess.PIPE, text=True, bufsize=1)
+            subprocess.Popen(
+                command, env=python_environment(), stderr=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+            )
         )
     wait_for(lambda: len(list(folder.glob("met-*"))) == world)
     return started
 
 
-def wait_for(condition: object, seconds: float = 20.0) -> None:
+def wait_for(condition: object, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline
@@ -90,15 +100,35 @@ def gone(pid: int) -> bool:
 def test_a_process_that_makes_progress_is_left_alone_and_its_watcher_ends_with_it(
     started: Processes, tmp_path: Path
 ) -> None:
-    (process,) = start(started, tmp_path, "for _ in range(30):\n    beat('forward', 1); time.sleep(0.1)")
+    body = "for _ in range(55):\n    beat('forward', 1); time.sleep(0.1)"
+    (process,) = start(started, tmp_path, body, limit=4)
     watcher = watcher_of(process)
     assert end(process) == (0, "")
     wait_for(lambda: gone(watcher))
 
 
 def test_progress_within_a_phase_counts(started: Processes, tmp_path: Path) -> None:
-    body = "beat('evaluate', 1)\nfor _ in range(30):\n    alive(); time.sleep(0.1)"
-    assert end(start(started, tmp_path, body)[0]) == (0, "")
+    body = "beat('evaluate', 1)\nfor _ in range(55):\n    alive(); time.sleep(0.1)"
+    assert end(start(started, tmp_path, body, limit=4)[0]) == (0, "")
+
+
+def test_a_run_that_is_suspended_for_longer_than_any_limit_goes_on(started: Processes, tmp_path: Path) -> None:
+    body = """
+        beat('forward', 7)
+        (folder / f'ready-{rank}').touch()
+        while not (folder / 'continued').exists():
+            time.sleep(0.02)
+        time.sleep(1.2)  # some looks of the watchers, without a beat
+        beat('step', 7)
+    """
+    start(started, tmp_path, body, world=2, limit=6)
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
+    for number, seconds in ((signal.SIGSTOP, 8.0), (signal.SIGCONT, 0.0)):
+        for process in started:
+            os.killpg(process.pid, number)
+        time.sleep(seconds)
+    (tmp_path / "continued").touch()
+    assert [end(process) for process in started] == [(0, ""), (0, "")]
 
 
 def test_a_stuck_process_is_named_with_its_stack_and_ends_with_code_1(started: Processes, tmp_path: Path) -> None:
@@ -127,7 +157,7 @@ def test_a_process_that_never_lets_go_of_python_is_killed_and_its_stack_told(
 
 def test_the_rank_that_the_other_waits_for_is_named_by_both(started: Processes, tmp_path: Path) -> None:
     body = "beat('forward', 7)\nif rank == 0:\n    beat('step', 7)\ntime.sleep(60)"
-    for code, said in map(end, start(started, tmp_path, body, world=2)):
+    for code, said in map(end, start(started, tmp_path, body, world=2, limit=3)):
         assert code == 1 and "(pid " in said
         assert f"rank 1 on {os.uname().nodename}" in said and "is stuck in forward of step 7" in said
 
@@ -171,20 +201,23 @@ def test_a_process_does_not_outlive_its_watcher(
 
 
 def test_a_watcher_leaves_signals_to_its_rank(started: Processes, tmp_path: Path) -> None:
-    (process,) = start(started, tmp_path, "time.sleep(2)")
+    body = "while not (folder / 'signaled').exists():\n    time.sleep(0.02)\ntime.sleep(1)"
+    (process,) = start(started, tmp_path, body)
+    watcher = watcher_of(process)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        os.kill(watcher_of(process), number)
+        os.kill(watcher, number)
+    (tmp_path / "signaled").touch()
     assert end(process) == (0, "")
 
 
 def test_a_rank_without_its_launcher_is_told_to_stop(tmp_path: Path) -> None:
     body = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: (folder / 'told').touch() or os._exit(85))\n"
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.replace("{body}", textwrap.indent(body + "time.sleep(60)", "    ")))
+    program.write_text(program_of(body + "time.sleep(60)"))
     # The shell is the launcher: it does not pass signals on.
     command = f"{sys.executable} {program} 0 1 {tmp_path} torchrun & wait"
     launcher = subprocess.Popen(["bash", "-c", command], env=python_environment(), stderr=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "met-0").exists())
     launcher.send_signal(signal.SIGUSR1)
     launcher.wait()
-    wait_for(lambda: (tmp_path / "told").exists(), 10)
+    wait_for(lambda: (tmp_path / "told").exists())

@@ -144,6 +144,16 @@ def test_silence_while_the_hub_itself_did_not_run_means_nothing() -> None:
     assert run.until(LOST - 1) is None
 
 
+def test_what_is_heard_after_a_pause_is_not_heard_in_the_future() -> None:
+    run = Run(3, 3)
+    run.now += 60
+    run.hub.hear(1, run.now)
+    assert run.hub.verdict(run.now) is None
+    run.silent = {1}
+    verdict = run.until(LOST + 2 * TICK)
+    assert verdict is not None and (verdict.kind, verdict.ranks) == ("lost", (1,))
+
+
 def test_a_rank_that_never_reports_is_named() -> None:
     hub = Hub(3, LOST, 0.0)
     hub.join(0, "a", 1, 0.0)

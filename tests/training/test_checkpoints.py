@@ -15,6 +15,7 @@ from tiny_run import make_inputs, settings, write_config
 from megacog.checkpoint import records
 from megacog.errors import CheckpointError, ConfigError
 from megacog.metrics.record import read_records
+from megacog.runtime import outcome
 from megacog.training import pretrain
 from megacog.training.loop import Loop
 
@@ -80,6 +81,16 @@ def test_a_checkpoint_is_completed_at_a_later_step_without_another_one(inputs: P
     assert record["bytes"] == sum(file.stat().st_size for file in files)
     assert 0 < record["stall_seconds"] <= record["seconds"]
     assert record["bytes_per_second"] == pytest.approx(record["bytes"] / record["seconds"])
+
+
+def test_a_supervisor_learns_of_the_newest_complete_checkpoint(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(outcome.VARIABLE, str(tmp_path))
+    fail_at(monkeypatch, lambda path: "step-0000002" in str(path))
+    with pytest.raises(CheckpointError):
+        run(inputs, tmp_path / "run", {"asynchronous": False})
+    assert outcome.reached(tmp_path) == "step-0000001"
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

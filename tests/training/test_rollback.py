@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,16 @@ def test_batches_jump_at_the_checkpoint_wherever_they_start(inputs: Path, tmp_pa
 def run(config: Config) -> int:
     with StopFlag() as stop:
         return pretrain.main(["--config", str(Path(config.train.run_dir).with_suffix(".yaml"))], stop)
+
+
+def test_a_roll_back_waits_for_files_under_the_limit_of_a_save(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(pretrain, "beat", lambda phase, step: told.append((phase, step)))
+    checkpoints: Any = SimpleNamespace(complete=lambda: told.append("complete"))
+    assert not pretrain.roll_back(load(inputs, tmp_path / "run"), checkpoints, Rollbacks())(7, 9.0), "there is none"
+    assert told == [("save", 7), "complete"]
 
 
 def test_a_run_rolls_back_from_a_spike_and_its_next_start_leaves_the_samples_out(
