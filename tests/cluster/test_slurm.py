@@ -161,18 +161,25 @@ def test_a_configuration_that_asks_for_other_ranks_is_not_started_again(
     assert "not started again" in output(run_dir)
 
 
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        ("--nofile=512:512", "open files (ulimit -n): 512"),
+        ("--as=400000000:400000000", "it does not start Python with torch and megacog"),
+    ],
+)
 def test_a_sick_node_is_left_out_of_a_job_with_spare_ones(
-    cluster: SlurmCluster, inputs: Path, tmp_path: Path
+    cluster: SlurmCluster, inputs: Path, tmp_path: Path, limit: str, told: str
 ) -> None:
     run_dir, (sick, healthy) = tmp_path / "spared", cluster.nodes
     cluster.kill_node(sick)
-    cluster.start_node(sick, open_files=512)
+    cluster.start_node(sick, limit)
     try:
         cluster.wait_for("idle nodes", lambda: cluster.idle_nodes() == 2, 60)
         job = submit(cluster, config_of(inputs, run_dir, steps=2, nodes=1, spare_nodes=1))
         wait_for_state(cluster, job, "COMPLETED", run_dir, 240)
         said = output(run_dir)
-        assert f"{sick} is sick: open files (ulimit -n): 512" in said
+        assert f"{sick} is sick: {told}" in said
         assert f"nodes {healthy}\n" in said and f"ranks meet at {healthy}:" in said
     finally:
         cluster.kill_node(sick)
