@@ -57,6 +57,12 @@ def test_a_run_on_thirteen_nodes_asks_for_them(capsys: pytest.CaptureFixture[str
     assert {"#SBATCH --nodes=14", "nodes=13"} <= set(shown(capsys, "cluster.spare_nodes=1"))
 
 
+@pytest.mark.parametrize("value", ["null", "''", ""])
+def test_an_option_of_sbatch_may_have_no_value(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    script = shown(capsys, f"cluster.options={{contiguous: {value}, exclusive: {value}}}")
+    assert script.count("#SBATCH --contiguous") == script.count("#SBATCH --exclusive") == 1
+
+
 def test_all_but_header_and_variables_is_the_template(capsys: pytest.CaptureFixture[str]) -> None:
     def body(lines: list[str]) -> list[str]:
         filled = ("#SBATCH", "repository=", "run_dir=", "nodes=", "arguments=")
@@ -105,6 +111,8 @@ def test_preparation_and_generation_take_the_words_of_their_programs(capsys: pyt
         ([*CLUSTER, "cluster.options={qos: $(reboot)}"], "no single word"),
         ([*CLUSTER, "cluster.options={'qos=x --uid': y}"], "no long option of sbatch"),
         ([*CLUSTER, "cluster.options={nodes: '3', time: '5'}"], r"nodes (set cluster.nodes), time (set cluster.time)"),
+        ([*CLUSTER, "cluster.options={requeue: x, open-mode: truncate}"], "itself says: requeue, open-mode; leave"),
+        ([*CLUSTER, "cluster.options={no-requeue: null}", "--kind", "pretrain_array"], "itself says: no-requeue;"),
         ([*CLUSTER, "cluster.ranks_per_node=4"], "one rank per GPU"),
         ([*CLUSTER, "cluster.time=4"], "save_seconds 300 is not less than the 240 seconds"),
         ([*CLUSTER, "train.run_dir=runs/a b"], "holds characters that the name of a job's output file cannot"),
@@ -339,14 +347,15 @@ def test_in_a_container_the_doctor_has_the_python_of_the_image(
 def test_a_preparation_is_done_when_its_shards_are_there_and_not_when_mpirun_says_so(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    words = ["run", "x.csv", "--overwrite", "--out", "shards/x y"]
+    words = ["run", "x.csv", "--out=shards/earlier", "--overwrite", "--out", "shards/x y"]
     script = "\n".join(shown(capsys, "cluster.gpus_per_node=0", "--kind", "prepare", "--", *words))
     assert "scontrol requeue 7" in in_job(tmp_path, script, 1), "mpirun has lost a node, and ended with 0"
     (tmp_path / "shards/x y.partial").mkdir(parents=True)
     (tmp_path / "shards/x y.json").touch()
     said = in_job(tmp_path, script, 1, SLURM_RESTART_COUNT="1")
-    assert "mpirun --bind-to none python " + f"{ROOT}/launch/prepare.py run x.csv --out shards/x y" in said
+    words.remove("--overwrite")
+    assert f"mpirun --bind-to none python {ROOT}/launch/prepare.py {' '.join(words)}" in said
     assert any("three times" not in line and "after 0 shards" in line for line in said)
     (tmp_path / "shards/x y.partial").rmdir()
     said = in_job(tmp_path, script, 0)
-    assert any("run x.csv --overwrite --out shards/x y" in line for line in said) and said[-1].endswith("done")
+    assert any("--overwrite --out shards/x y" in line for line in said) and said[-1].endswith("done")
