@@ -27,7 +27,7 @@ SlurmctldPort={control_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -39,7 +39,7 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 JobRequeue=1
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=2
-SlurmdTimeout=5
+SlurmdTimeout=15
 InactiveLimit=0
 KillWait=5
 MpiDefault=none
@@ -134,11 +134,9 @@ class SlurmCluster:
         self._daemons[node].wait()
         self._kill([pid for pid, _ in self.processes(node)])
 
-    def start_node(self, node: str, open_files: int = 4096) -> None:
-        """Start a node whose tasks may open so many files."""
-        self._daemons[node] = self._daemon(
-            node, "prlimit", f"--nofile={open_files}:{open_files}", "slurmd", "-D", "-N", node
-        )
+    def start_node(self, node: str, *limits: str) -> None:
+        """Start a node whose tasks have these limits, as options of prlimit."""
+        self._daemons[node] = self._daemon(node, "prlimit", "--nofile=4096:4096", *limits, "slurmd", "-D", "-N", node)
 
     def logs(self) -> str:
         """The last lines of SLURM's daemons."""

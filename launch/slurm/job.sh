@@ -8,32 +8,60 @@ source "$repository/launch/cluster_environment.sh"
 
 say() { printf '== %s  job %s, start %d: %s\n' "$(date '+%F %T')" "$job" "${SLURM_RESTART_COUNT:-0}" "$*"; }
 
+# How programs of the ranks start: options of srun, and words before `python`. The job script of containers sets them.
+options=()
+inside=()
+
 # choose_nodes N: sets `hosts` to N nodes of the job, MASTER_ADDR to the first. Where the job has more than N, those that
-# launch/doctor.py finds sick are left out.
+# do not answer or that launch/doctor.py finds sick are left out.
 choose_nodes() {
-    local all report="$logs/$job.doctor.json"
+    local all
     mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     if [ "${#all[@]}" -gt "$1" ]; then
-        srun --time=10 --cpu-bind=none python "$repository/launch/doctor.py" --folder "$run_dir" --json >"$report"
-        mapfile -t all < <(python - "$report" "${all[@]}" <<'PYTHON'
-import json, sys
-with open(sys.argv[1]) as file:
-    report = json.load(file)
-for node, checks in report["nodes"].items():
-    for check in checks:
-        if check["verdict"] == "sick":
-            print(f"{node} is sick: {check['name']}: {check['value']}; {check['fix']}", file=sys.stderr)
-print(*(node for node in sys.argv[2:] if node in report["nodes"] and node not in report["sick"]), sep="\n")
-PYTHON
-        )
+        mapfile -t all < <(answering "${all[@]}")
+        [ "${#all[@]}" -lt "$1" ] || mapfile -t all < <(healthy "${all[@]}")
     fi
     if [ "${#all[@]}" -lt "$1" ]; then
-        say "only ${#all[@]} healthy nodes (${all[*]}) and $1 needed: see $report"
+        say "only ${#all[@]} healthy nodes (${all[*]}) and $1 needed: see the lines above, and $logs/$job.doctor.json"
         finish 1
     fi
     hosts="$(IFS=,; echo "${all[*]:0:$1}")"
     export MASTER_ADDR="${all[0]}"
     say "nodes $hosts"
+}
+
+# answering NODE...: those on which Python starts. One step each: srun gives up a whole step for one node that fails.
+answering() {
+    local node answers=()
+    for node in "$@"; do
+        timeout --kill-after=10 120 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$node" --cpu-bind=none \
+            "${options[@]}" "${inside[@]}" python -c "import torch, megacog" >/dev/null &
+        answers+=("$!")
+    done
+    for node in "$@"; do
+        if wait "${answers[0]}"; then
+            echo "$node"
+        else
+            say "$node is sick: it does not start Python with torch and megacog within 120 s" >&2
+        fi
+        answers=("${answers[@]:1}")
+    done
+}
+
+# healthy NODE...: those that the doctor finds healthy; all of them when it comes to no end.
+healthy() {
+    local nodes said report="$logs/$job.doctor.json"
+    nodes="$(IFS=,; echo "$*")"
+    rm -f "$report"
+    said="$(timeout --kill-after=10 600 srun --nodes="$#" --ntasks=$(($# * SLURM_NTASKS_PER_NODE)) --nodelist="$nodes" \
+        --cpu-bind=none "${options[@]}" "${inside[@]}" \
+        python "$repository/launch/doctor.py" --folder "$run_dir" --report "$report")"
+    if [ -s "$report" ]; then
+        grep -xF "$(printf '%s\n' "$@")" <<<"$said" # nothing else that libraries print there
+    else
+        say "the doctor came to no end, so nodes that answer count as healthy: see the lines above" >&2
+        printf '%s\n' "$@"
+    fi
 }
 
 next_job() { # next_job WHY: the same job again, or the next one of a chain

@@ -70,8 +70,8 @@ class ClusterConfig(Section):
     """SLURM's --time: how long one job may run. A run goes on in the next job."""
     save_seconds: int = Field(default=300, ge=1)
     """Seconds before the end of `time` at which the ranks are told to save and leave."""
-    options: dict[str, Word] = Field(default_factory=dict)
-    """More options of sbatch, without dashes: `{qos: high, constraint: h100, mem: "0"}`."""
+    options: dict[str, Word | Literal[""] | None] = Field(default_factory=dict)
+    """More options of sbatch, without dashes: `{qos: high, mem: "0", contiguous: null}`; null = one without a value."""
     container: ContainerConfig | None = None
 
     @property

@@ -29,6 +29,7 @@ from megacog.doctor.machine import (
 )
 from megacog.doctor.packages import compiler_check, package_checks
 from megacog.errors import EXIT_DONE, EXIT_FAULT
+from megacog.runtime.files import atomic_file
 from megacog.runtime.ranks import discover
 
 
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megacog.doctor.nodes import device_and_job_checks
 
         nodes = device_and_job_checks(node, own, answer, ranks, arguments.seconds)
-    if ranks.rank == 0:
+    if ranks.rank == 0 and arguments.report:
+        tell_job(nodes, arguments.report)
+    elif ranks.rank == 0:
         show(nodes, arguments.json)
     return EXIT_FAULT if report(nodes)["sick"] else EXIT_DONE
 
@@ -65,6 +68,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=120.0, help="to wait for other ranks or hosts (default 120)")
     parser.add_argument("--hostfile", type=Path, help="only check that ssh reaches its hosts and finds megacog there")
     parser.add_argument("--json", action="store_true", help="print JSON: the sick nodes, and all checks by node")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE",
+        help="for job scripts: write that JSON to FILE, what is sick to stderr and only the healthy nodes to stdout",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -96,3 +103,17 @@ def show(nodes: Nodes, as_json: bool) -> None:
         print(table(checks, color=sys.stdout.isatty()))
     if len(nodes) > 1:
         print("\nsick nodes: " + (", ".join(found["sick"]) or "none"))
+
+
+def tell_job(nodes: Nodes, path: Path) -> None:
+    """Everything into a file, what is sick on stderr, and on stdout the name of each healthy node."""
+    found = report(nodes)
+    with atomic_file(path, "w") as file:
+        json.dump(found, file, indent=1)
+    for name, checks in nodes.items():
+        for check in checks:
+            if check.sick:
+                print(f"{name} is sick: {check.name}: {check.value}; {check.fix}", file=sys.stderr)
+    for name in nodes:
+        if name not in found["sick"]:
+            print(name)

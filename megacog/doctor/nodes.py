@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megacog.doctor.board import Board
 from megacog.doctor.check import Check, Nodes
 from megacog.doctor.devices import DeviceSpeed, device_checks, lagging_checks, measure_device
 from megacog.doctor.machine import gpu_checks
-from megacog.doctor.network import missing_ranks, node_checks, node_rates, pair_checks, pair_rates
+from megacog.doctor.network import Groups, group_rate, node_checks, pair_checks, rounds_of
 from megacog.errors import EnvError
 from megacog.runtime.hardware import available_cores, describe_device, rank_device
-from megacog.runtime.ranks import Ranks
+from megacog.runtime.ranks import Ranks, ranks_by_host
 
 
 def device_and_job_checks(node: str, own: list[Check], answer: str | None, ranks: Ranks, seconds: float) -> Nodes:
@@ -51,34 +56,29 @@ def libraries_check() -> Check:
 def check_all(
     node: str, own: list[Check], speed: DeviceSpeed, device: torch.device, ranks: Ranks, seconds: float
 ) -> Nodes:
-    """The checks of all nodes with those between them; on rank 0 and on all others alike.
+    """The checks of all nodes with those between them; the same on all ranks.
 
     Raises:
-        EnvError: Rank 0 cannot be reached.
+        EnvError: Rank 0 cannot be reached, or does not wait for this rank any more.
     """
     try:
-        store = connect(ranks, seconds)
-        missing = missing_ranks(store, ranks.rank, ranks.world_size, node, seconds)
+        board = Board(connect(ranks, seconds), ranks.rank, seconds)
+        note = {"node": node, "checks": [asdict(check) for check in own], "speed": asdict(speed)}
+        notes = board.gather("start", note, range(ranks.world_size))
+        found = _together(board, notes, device, ranks) if ranks.rank in notes else None
+        board.leave(notes)
     except RuntimeError as error:  # what torch.distributed raises
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise EnvError(
-            f"rank {ranks.rank} on {node} cannot reach rank 0 at {place} ({str(error).strip().splitlines()[0]}); "
+            f"rank {ranks.rank} on {node} cannot reach rank 0 at {place} ({_first_line(error)}); "
             "see whether rank 0 runs, and check firewall and network interface"
         ) from None
-    if missing:
-        value = f"{ranks.world_size - len(missing)} of {ranks.world_size} after {seconds:.0f} s; missing: {missing}"
-        fix = "see the log of these ranks: their node does not start them, or cannot reach rank 0"
-        return {node: [*own, Check("ranks", "sick", value, fix)]}
-    limit = timedelta(seconds=2 * seconds)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=limit)
-    try:
-        return _together(node, own, speed, device)
-    except RuntimeError as error:  # what torch.distributed raises
-        fix = "NCCL_DEBUG=INFO (or TORCH_DISTRIBUTED_DEBUG=DETAIL) says where; check firewall and network interface"
-        return {node: [*own, Check("all-reduce", "sick", str(error).strip().splitlines()[0], fix)]}
-    finally:
-        dist.destroy_process_group()
+    if found is None:
+        raise EnvError(
+            f"rank {ranks.rank} on {node} came when rank 0 had waited {seconds:.0f} s and gone on without it; "
+            "see what holds this node up, or give more --seconds"
+        )
+    return found
 
 
 def connect(ranks: Ranks, seconds: float) -> dist.Store:
@@ -91,18 +91,84 @@ def connect(ranks: Ranks, seconds: float) -> dist.Store:
     return dist.PrefixStore("doctor", store)
 
 
-def _together(node: str, own: list[Check], speed: DeviceSpeed, device: torch.device) -> Nodes:
-    gathered: list[tuple[str, list[Check], DeviceSpeed]] = [None] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(gathered, (node, own, speed))
+def _together(board: Board, notes: Mapping[int, Any], device: torch.device, ranks: Ranks) -> Nodes:
+    """The checks of all nodes, from what their ranks have noted of themselves."""
     places: dict[str, list[int]] = {}
     nodes: Nodes = {}
-    for rank, (name, checks, _) in enumerate(gathered):
-        places.setdefault(name, []).append(rank)
-        nodes.setdefault(name, []).extend(checks)
+    for rank, note in sorted(notes.items()):
+        places.setdefault(note["node"], []).append(rank)
+        nodes.setdefault(note["node"], []).extend(Check(**check) for check in note["checks"])
     if device.type == "cuda":  # CPU ranks share cores, and slow each other
-        for rank, check in lagging_checks({rank: speed for rank, (*_, speed) in enumerate(gathered)}).items():
-            nodes[gathered[rank][0]].append(check)
-    for found in (node_checks(node_rates(places, device)), pair_checks(pair_rates(places, device))):
-        for name, checks in found.items():
-            nodes[name].extend(checks)
+        speeds = {rank: DeviceSpeed(**note["speed"]) for rank, note in notes.items()}
+        for rank, check in lagging_checks(speeds).items():
+            nodes[notes[rank]["node"]].append(check)
+    found = [missing_checks(places, ranks_by_host(ranks, os.environ), ranks.world_size, board.seconds)]
+    whole = {node: members for node, members in places.items() if node not in found[0]}
+    found += _links(board, notes, whole, device)
+    for checks in found:
+        for node, added in checks.items():
+            nodes.setdefault(node, []).extend(added)
     return nodes
+
+
+def missing_checks(
+    places: Mapping[str, Sequence[int]], expected: Mapping[str, int], world_size: int, seconds: float
+) -> Nodes:
+    """A check for every node of which ranks have not appeared.
+
+    Args:
+        places: Ranks that have, by node.
+        expected: How many each node should have; empty where the launcher does not say, and then the missing ranks
+            themselves stand for their node.
+        world_size: How many there should be in all.
+        seconds: They were waited for.
+    """
+    missing = sorted({*range(world_size)} - {rank for ranks in places.values() for rank in ranks})
+    if missing and not expected:
+        return {f"node of rank {', '.join(map(str, missing))}": [_silent(f"not seen in {seconds:.0f} s")]}
+    few = {node: (len(places.get(node, ())), count) for node, count in expected.items()}
+    return {
+        node: [_silent(f"{seen} of {count} seen in {seconds:.0f} s")]
+        for node, (seen, count) in few.items()
+        if seen < count
+    }
+
+
+def _silent(value: str) -> Check:
+    fix = "see what they say: their node does not start them, holds them up, or cannot reach rank 0"
+    return Check("ranks", "sick", value, fix)
+
+
+def _links(
+    board: Board, notes: Mapping[int, Any], places: Mapping[str, list[int]], device: torch.device
+) -> list[Nodes]:
+    """All-reduce within and between these nodes. A rank that goes silent takes its node out of what follows."""
+    present, silent = set(notes), Nodes()
+    rates: dict[tuple[str, ...], float] = {}
+    for number, groups in enumerate(rounds_of(places)):
+        working = {key: group for key, group in groups.items() if not silent.keys() & set(key)}
+        seen = board.gather(f"round {number}", _own_rate(board, number, working, device), present)
+        for rank in sorted(present - seen.keys()):
+            silent[notes[rank]["node"]] = [_silent(f"rank {rank} went silent in an all-reduce")]
+        present &= seen.keys()
+        rates |= {key: min(seen.get(rank) or 0.0 for rank in group) for key, group in working.items()}
+    within = {key[0]: rate for key, rate in rates.items() if len(key) == 1}
+    between = {(key[0], key[1]): rate for key, rate in rates.items() if len(key) == 2}
+    return [silent, node_checks(within), pair_checks(between)]
+
+
+def _own_rate(board: Board, number: int, groups: Groups, device: torch.device) -> float | None:
+    """What this rank measures in its group, if it is in one; 0 when that fails."""
+    for key, members in groups.items():
+        if board.rank in members:
+            store = dist.PrefixStore(f"round {number} of {key}", board.store)
+            try:
+                return group_rate(store, board.rank, members, device, board.seconds / 3)
+            except RuntimeError as error:  # what torch.distributed raises
+                print(f"rank {board.rank}: all-reduce of {' and '.join(key)}: {_first_line(error)}", file=sys.stderr)
+                return 0.0
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

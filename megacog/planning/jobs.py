@@ -26,6 +26,8 @@ _MANAGED = {
     "signal": "cluster.save_seconds", "job-name": "train.run_dir", "output": "train.run_dir", "array": "--jobs",
 }  # fmt: skip
 """Options of sbatch that have a key of their own."""
+_FIXED = ("requeue", "no-requeue", "open-mode")
+"""Options of sbatch that a job script relies on."""
 _DIRECTIVE = re.compile(r"#SBATCH --([a-z-]+)(?:=.*)?")
 _VARIABLE = re.compile(r"([a-z_]+)=.*")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
@@ -108,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def directives(config: Config, kind: str, jobs: int = 1) -> dict[str, str | None]:
-    """Values of `#SBATCH` lines by option; None removes the line.
+    """Values of `#SBATCH` lines by option; None removes the line, "" makes one without a value.
 
     Raises:
         ConfigError: A value is missing or cannot stand in such a line.
@@ -119,6 +121,12 @@ def directives(config: Config, kind: str, jobs: int = 1) -> dict[str, str | None
     taken = [f"{name} (set {_MANAGED[name]})" for name in cluster.options if name in _MANAGED]
     if taken:
         raise ConfigError(f"cluster.options holds what has a key of its own: {', '.join(taken)}")
+    fixed = [name for name in cluster.options if name in _FIXED]
+    if fixed:
+        raise ConfigError(
+            f"cluster.options holds what the job script itself says: {', '.join(fixed)}; leave it out. --kind "
+            "pretrain_array is for clusters that do not requeue"
+        )
     if kind == "pretrain_array" and jobs < 1:
         raise ConfigError(f"--jobs {jobs} must be 1 or more")
     if not re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./+~=@:-]*", config.train.run_dir):
@@ -143,7 +151,7 @@ def directives(config: Config, kind: str, jobs: int = 1) -> dict[str, str | None
         found["signal"] = f"{'' if training else 'B:'}USR1@{cluster.save_seconds}"
     if kind == "pretrain_array":
         found["array"] = f"1-{jobs}%1"
-    return found | dict(cluster.options)
+    return found | {name: value or "" for name, value in cluster.options.items()}
 
 
 def variables(config: Config, kind: str, repository: Path, words: Sequence[str]) -> dict[str, str | Sequence[str]]:
@@ -172,7 +180,7 @@ def fill(template: str, directives: Mapping[str, str | None], variables: Values)
 
     Args:
         template: Text of a job script.
-        directives: By option; None removes the line, an option without a line gets one after the last.
+        directives: By option; None removes the line, "" is no value, an option without a line gets one after the last.
         variables: By name; every one must be assigned at the start of a line of the template.
 
     Raises:
@@ -201,7 +209,7 @@ def fill(template: str, directives: Mapping[str, str | None], variables: Values)
 def _directive(name: str, value: str) -> str:
     if re.search(r"[\s\"'#\\]", value) or _UNSAFE.search(value):
         raise ConfigError(f"sbatch's {name} {value!r} must be one word without quotes")
-    return f"#SBATCH --{name}={value}"
+    return f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
 
 
 def _quoted(value: str | Sequence[str]) -> str:

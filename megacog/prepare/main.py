@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megacog.errors import ConfigError
 
@@ -34,8 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command(options)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviated options: job scripts look for --out and --overwrite among the words."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, **keywords)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="prepare.py", description="Make, inspect and verify shards of coded videos."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

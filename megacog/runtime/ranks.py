@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -84,6 +84,14 @@ def discover(environ: MutableMapping[str, str] | None = None) -> Ranks:
     environ["LOCAL_RANK"] = str(ranks.local_rank)
     environ["LOCAL_WORLD_SIZE"] = str(ranks.local_world_size)
     return ranks
+
+
+def ranks_by_host(ranks: Ranks, environ: Mapping[str, str]) -> dict[str, int]:
+    """How many ranks each host should have; empty where the launcher does not say (all but srun)."""
+    if ranks.source != "slurm" or "SLURM_STEP_NODELIST" not in environ:
+        return {}
+    counts = _expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", str(ranks.world_size)))
+    return dict(zip(_expand_hosts(environ["SLURM_STEP_NODELIST"]), counts, strict=True))
 
 
 def require_world(ranks: Ranks, cluster: ClusterConfig) -> None:
@@ -199,7 +207,7 @@ def _from_slurm(environ: MutableMapping[str, str]) -> Ranks:
     if node >= len(counts):
         raise EnvError(f"SLURM_NODEID={node} is outside SLURM_STEP_TASKS_PER_NODE={counts}")
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "127.0.0.1")
-    address = "127.0.0.1" if len(counts) == 1 else _first_host(hosts)
+    address = "127.0.0.1" if len(counts) == 1 else _expand_hosts(hosts)[0]
     # Every task must arrive at the same port without talking to the others.
     step = f"{environ.get('SLURM_JOB_ID', '0')}.{environ.get('SLURM_STEP_ID', '0')}"
     meeting = _meet(environ, address, f"the nodes {hosts}", _port_for(step), f"job step {step}")
@@ -217,7 +225,7 @@ def _from_openmpi(environ: MutableMapping[str, str]) -> Ranks:
                 "mpirun on several hosts without MASTER_ADDR: ranks cannot meet. "
                 "Start with `mpirun -x MASTER_ADDR=<first host> -x MASTER_PORT=29500 ...`."
             )
-        address, why = _first_host(environ["SLURM_JOB_NODELIST"]), "SLURM_JOB_NODELIST"
+        address, why = _expand_hosts(environ["SLURM_JOB_NODELIST"])[0], "SLURM_JOB_NODELIST"
     name = environ.get("PMIX_NAMESPACE", f"parent {os.getppid()}")
     meeting = _meet(environ, address, why, _port_for(name), name)
     return Ranks(rank, world_size, local_rank, local_world_size, "openmpi", meeting)
@@ -275,12 +283,26 @@ def _expand_counts(text: str) -> list[int]:
     return counts
 
 
-def _first_host(nodelist: str) -> str:
-    """Return the first host of SLURM's compressed list: "gpu[03-05,9],cpu1" gives "gpu03"."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
-    if match is None:
-        raise EnvError(f"cannot read the first host of {nodelist!r}; export MASTER_ADDR")
-    return match[1] + (match[2] or "") + (match[3] or "")
+def _expand_hosts(nodelist: str) -> list[str]:
+    """Return the hosts of SLURM's compressed list: "gpu[03-04,9],cpu1" is gpu03, gpu04, gpu9, cpu1."""
+    if not re.fullmatch(r"(?:[^\[\]\s]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+", nodelist):
+        raise EnvError(f"cannot read the hosts of {nodelist!r}; export MASTER_ADDR")
+    hosts = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        names = [""]
+        for text, numbers in re.findall(r"([^\[\]]+)|\[([^\]]+)\]", part):
+            names = [name + piece for name in names for piece in (_expand_numbers(numbers) if numbers else [text])]
+        hosts += names
+    return hosts
+
+
+def _expand_numbers(text: str) -> list[str]:
+    """Return the numbers of "03-05,9", as wide as they are written."""
+    found = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
+    return found
 
 
 def _port_for(name: str) -> int:

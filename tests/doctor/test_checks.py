@@ -15,6 +15,7 @@ import pytest
 from megacog.doctor import machine, packages
 from megacog.doctor.check import Check, report, table
 from megacog.doctor.devices import DeviceSpeed, device_checks, lagging_checks
+from megacog.doctor.main import tell_job
 from megacog.doctor.network import node_checks, pair_checks, pair_rounds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,6 +197,14 @@ def test_a_slow_node_is_told_from_a_slow_link() -> None:
         "n0": "warning", "n1": "warning", "n2": "ok", "n3": "ok", "n4": "ok"
     }  # fmt: skip
     assert pair_checks({("a", "b"): 1e6})["a"][0].verdict == "ok"  # nothing to compare with
+    dead_node = {pair: 0.0 if "n1" in pair else rate for pair, rate in rates.items()}
+    found = {node: checks[0] for node, checks in pair_checks(dead_node).items()}
+    assert_mendable(found.pop("n1"), "sick", "fails with every other node", "NCCL_DEBUG=INFO")
+    assert {check.verdict for check in found.values()} == {"warning"} and "none with n1" in found["n0"].value
+    three = pair_checks({("a", "b"): 1e9, ("a", "c"): 0.0, ("b", "c"): 0.0})
+    assert {node: checks[0].verdict for node, checks in three.items()} == {"a": "warning", "b": "warning", "c": "sick"}
+    assert pair_checks({("a", "b"): 0.0})["a"][0].verdict == "sick"
+    assert node_checks({"n0": 0.0})["n0"][0].verdict == "sick"
     within = node_checks({"n0": 300e9, "n1": 290e9, "n2": 30e9})
     assert {node: checks[0].verdict for node, checks in within.items()} == {"n0": "ok", "n1": "ok", "n2": "sick"}
 
@@ -208,6 +217,14 @@ def test_the_table_shows_fixes_and_the_report_names_sick_nodes() -> None:
     found = report({"a": [good], "b": [good, bad]})
     assert found["sick"] == ["b"]
     assert found["nodes"]["b"][1] == {"name": "memory", "verdict": "sick", "value": "bad", "fix": "replace it"}
+
+
+def test_a_job_script_is_told_the_healthy_nodes_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = Check("disk", "ok", "fast"), Check("memory", "sick", "bad", "replace it")
+    tell_job({"a": [good], "b": [good, bad]}, tmp_path / "report.json")
+    out, errors = capsys.readouterr()
+    assert out == "a\n" and errors == "b is sick: memory: bad; replace it\n"
+    assert json.loads((tmp_path / "report.json").read_text()) == report({"a": [good], "b": [good, bad]})
 
 
 def test_the_command_ends_with_1_and_names_the_folder_when_a_disk_is_missing(tmp_path: Path) -> None:

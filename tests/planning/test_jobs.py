@@ -57,6 +57,12 @@ def test_a_run_on_thirteen_nodes_asks_for_them(capsys: pytest.CaptureFixture[str
     assert {"#SBATCH --nodes=14", "nodes=13"} <= set(shown(capsys, "cluster.spare_nodes=1"))
 
 
+@pytest.mark.parametrize("value", ["null", "''", ""])
+def test_an_option_of_sbatch_may_have_no_value(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    script = shown(capsys, f"cluster.options={{contiguous: {value}, exclusive: {value}}}")
+    assert script.count("#SBATCH --contiguous") == script.count("#SBATCH --exclusive") == 1
+
+
 def test_all_but_header_and_variables_is_the_template(capsys: pytest.CaptureFixture[str]) -> None:
     def body(lines: list[str]) -> list[str]:
         filled = ("#SBATCH", "repository=", "run_dir=", "nodes=", "arguments=")
@@ -105,6 +111,8 @@ def test_preparation_and_generation_take_the_words_of_their_programs(capsys: pyt
         ([*CLUSTER, "cluster.options={qos: $(reboot)}"], "no single word"),
         ([*CLUSTER, "cluster.options={'qos=x --uid': y}"], "no long option of sbatch"),
         ([*CLUSTER, "cluster.options={nodes: '3', time: '5'}"], r"nodes (set cluster.nodes), time (set cluster.time)"),
+        ([*CLUSTER, "cluster.options={requeue: x, open-mode: truncate}"], "itself says: requeue, open-mode; leave"),
+        ([*CLUSTER, "cluster.options={no-requeue: null}", "--kind", "pretrain_array"], "itself says: no-requeue;"),
         ([*CLUSTER, "cluster.ranks_per_node=4"], "one rank per GPU"),
         ([*CLUSTER, "cluster.time=4"], "save_seconds 300 is not less than the 240 seconds"),
         ([*CLUSTER, "train.run_dir=runs/a b"], "holds characters that the name of a job's output file cannot"),
@@ -172,22 +180,33 @@ def test_submitting_keeps_the_script_in_the_run_folder(tmp_path: Path, monkeypat
     assert kept == Path(f"{sbatch}.seen").read_text() and f"train.run_dir={run_dir})" in kept
 
 
-def in_job(tmp_path: Path, script: str, code: int, **environment: str) -> list[str]:
-    """Lines that a job script prints, among them the commands of SLURM and MPI that it calls."""
+def in_job(tmp_path: Path, script: str, code: int, srun: str = "", **environment: str) -> list[str]:
+    """Lines that a job script prints, among them the commands of SLURM and MPI that it calls.
+
+    Args:
+        tmp_path: Where it starts.
+        script: Its text.
+        code: That it must end with.
+        srun: What the stand-in for srun does before it prints its command line, in sh.
+        environment: Variables of the job.
+    """
     commands = tmp_path / "environment/bin"
     if not commands.exists():
         commands.mkdir(parents=True)
         (commands / "python").symlink_to(sys.executable)
     for name in ("scontrol", "scancel", "srun", "mpirun"):
-        text = f'#!/bin/sh\n[ "$2" = hostnames ] && {{ printf "n1\\nn2\\n"; exit; }}\necho "{name} $*"\n'
+        first = srun if name == "srun" else '[ "$2" = hostnames ] && { printf "n1\\nn2\\n"; exit; }'
+        text = f'#!/bin/sh\n{first}\necho "{name} $*"\n'
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     place = {
         "PATH": "/usr/bin:/bin", "VIRTUAL_ENV": str(commands.parent), "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS_PER_NODE": "8",
     } | environment  # fmt: skip
-    done = subprocess.run(["bash", "-c", script], env=place, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
+    done = subprocess.run(
+        ["bash", "-c", script], env=place, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == code, done.stdout
     return done.stdout.splitlines()
 
 
@@ -202,6 +221,15 @@ def test_exit_codes_decide_whether_a_job_is_requeued(tmp_path: Path) -> None:
     for code in (0, 2, 75):
         assert not any("scontrol" in line for line in outcome(tmp_path, code))
     assert "not started again" in outcome(tmp_path, 75)[0]
+
+
+@pytest.mark.parametrize("chain", ["", "5"])
+def test_a_run_that_its_stop_file_has_ended_is_not_started_again(tmp_path: Path, chain: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/STOP").touch()
+    said = outcome(tmp_path, 85, SLURM_ARRAY_JOB_ID=chain)
+    assert f"saved and stopped by {tmp_path}/run/STOP: not started again" in said[0]
+    assert said[1:] == (["scancel --state=PENDING 5"] if chain else [])
 
 
 def test_the_third_fault_in_a_row_at_the_same_place_is_the_last(tmp_path: Path) -> None:
@@ -257,17 +285,77 @@ def test_a_job_starts_its_program_on_all_ranks(
         assert any(" --nodes=2 --ntasks=16 --nodelist=n1,n2 --kill-on-bad-exit=1 " in other for other in said), said
 
 
+PROBED = 'case "$*" in *"-c import torch"*) {probe} ;; *doctor.py*) {doctor} ;; esac'
+REPORT = 'for last; do :; done; echo "{}" >"$last"'
+"""What the doctor does of its own, in sh: its last word is the file of its report."""
+
+
+@pytest.mark.parametrize(
+    ("probe", "doctor", "chosen", "told"),
+    [
+        ("exit 0", f"{REPORT}; printf 'NCCL version 2.27\\nn1\\nn2\\n'; exit 0", "n1", None),
+        ("exit 0", f"{REPORT}; echo n2; exit 1", "n2", None),
+        ("exit 0", "exit 1", "n1", "the doctor came to no end"),
+        ('case "$*" in *=n1\\ *) exit 1 ;; esac; exit 0', f"{REPORT}; echo n2; exit 0", "n2", "n1 is sick: it does"),
+        ("exit 0", f"{REPORT}; exit 1", None, "only 0 healthy nodes () and 1 needed"),
+        ("exit 1", "exit 0", None, "only 0 healthy nodes () and 1 needed"),
+    ],
+)
+def test_a_job_with_spare_nodes_goes_on_with_those_that_are_healthy(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, probe: str, doctor: str, chosen: str | None, told: str | None
+) -> None:
+    script = "\n".join(shown(capsys, "cluster.nodes=1", "cluster.spare_nodes=1", "train.global_batch_size=8"))
+    said = in_job(tmp_path, script, 0 if chosen else 1, PROBED.format(probe=probe, doctor=doctor))
+    started = [line for line in said if "launch/pretrain.py" in line]
+    assert len(started) == (1 if chosen else 0), said
+    assert chosen is None or f"--nodes=1 --ntasks=8 --nodelist={chosen} " in started[0]
+    assert any((told or f": nodes {chosen}") in line for line in said), said
+    assert ("scontrol requeue 7" in said) == (chosen is None)
+
+
+def test_an_old_report_of_the_doctor_does_not_count(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = tmp_path / "runs/quickstart/base/slurm/7.doctor.json"
+    report.parent.mkdir(parents=True)
+    report.write_text("{}")
+    script = "\n".join(shown(capsys, "cluster.nodes=1", "cluster.spare_nodes=1", "train.global_batch_size=8"))
+    said = in_job(tmp_path, script, 0, PROBED.format(probe="exit 0", doctor="exit 1"))
+    assert any("the doctor came to no end" in line for line in said), said
+
+
+@pytest.mark.parametrize(
+    ("runtime", "start"),
+    [("pyxis", "--container-image=my image.sqsh .* python"), ("apptainer", "apptainer exec .* python")],
+)
+def test_in_a_container_the_doctor_has_the_python_of_the_image(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, runtime: str, start: str
+) -> None:
+    words = ["cluster.nodes=1", "cluster.spare_nodes=1", "train.global_batch_size=8"]
+    script = "\n".join(shown(capsys, CONTAINER.replace("pyxis", runtime), *words))
+    host = tmp_path / "environment/bin/python"
+    host.parent.mkdir(parents=True)
+    host.write_text("#!/bin/sh\necho the host has no such python\nexit 127\n")
+    host.chmod(0o755)
+    called = f'echo "$*" >>{tmp_path}/called; ' + PROBED.format(probe="exit 0", doctor=f"{REPORT}; echo n2; exit 0")
+    said = in_job(tmp_path, script, 0, called)
+    assert any(line.endswith(": nodes n2") for line in said), said
+    assert "the host has no such python" not in said
+    lines = (tmp_path / "called").read_text().splitlines()
+    assert len(lines) == 4, "two that answer, the doctor, the run"
+    assert all(re.search(start, line) for line in lines), lines
+
+
 def test_a_preparation_is_done_when_its_shards_are_there_and_not_when_mpirun_says_so(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    words = ["run", "x.csv", "--overwrite", "--out", "shards/x y"]
+    words = ["run", "x.csv", "--out=shards/earlier", "--overwrite", "--out", "shards/x y"]
     script = "\n".join(shown(capsys, "cluster.gpus_per_node=0", "--kind", "prepare", "--", *words))
     assert "scontrol requeue 7" in in_job(tmp_path, script, 1), "mpirun has lost a node, and ended with 0"
     (tmp_path / "shards/x y.partial").mkdir(parents=True)
     (tmp_path / "shards/x y.json").touch()
     said = in_job(tmp_path, script, 1, SLURM_RESTART_COUNT="1")
-    assert "mpirun --bind-to none python " + f"{ROOT}/launch/prepare.py run x.csv --out shards/x y" in said
+    words.remove("--overwrite")
+    assert f"mpirun --bind-to none python {ROOT}/launch/prepare.py {' '.join(words)}" in said
     assert any("three times" not in line and "after 0 shards" in line for line in said)
     (tmp_path / "shards/x y.partial").rmdir()
     said = in_job(tmp_path, script, 0)
-    assert any("run x.csv --overwrite --out shards/x y" in line for line in said) and said[-1].endswith("done")
+    assert any("--overwrite --out shards/x y" in line for line in said) and said[-1].endswith("done")

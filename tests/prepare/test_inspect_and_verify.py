@@ -244,6 +244,12 @@ def test_wrong_options_get_one_message(
         main(["run", str(captions), "--tokenizer", str(tokenizer), *arguments])
 
 
+def test_options_have_one_spelling_which_job_scripts_look_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "c.csv", "--out", "x", "--tokenizer", "t", "--overw"])
+    assert "unrecognized arguments: --overw" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "option", [["--fps", "0"], ["--fps", "nan"], ["--size", "3x"], ["--eval-fraction", "1"]]
 )

@@ -4,7 +4,7 @@ import pytest
 
 from megacog.config.cluster import ClusterConfig
 from megacog.errors import ConfigError, EnvError
-from megacog.runtime.ranks import Ranks, discover, gpu_index, require_world
+from megacog.runtime.ranks import Ranks, discover, gpu_index, ranks_by_host, require_world
 
 TORCHRUN = {
     "RANK": "5",
@@ -85,6 +85,27 @@ def test_the_first_host_of_a_compressed_list_is_found(nodelist: str, host: str) 
     environ = {**SLURM, "SLURM_STEP_NODELIST": nodelist}
     discover(environ)
     assert environ["MASTER_ADDR"] == host
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "hosts"),
+    [
+        ("gpu[03-04,9]", ["gpu03", "gpu04", "gpu9"]),
+        ("a1,b[2-3],c", ["a1", "b2", "b3", "c"]),
+        ("rack[1-2]n[09-10]-ib", ["rack1n09-ib", "rack1n10-ib", "rack2n09-ib", "rack2n10-ib"]),
+    ],
+)
+def test_srun_says_how_many_ranks_each_host_has(nodelist: str, hosts: list[str]) -> None:
+    environ = {**SLURM, "SLURM_STEP_NODELIST": nodelist, "SLURM_STEP_TASKS_PER_NODE": f"2(x{len(hosts)})"}
+    assert ranks_by_host(discover(dict(environ)), environ) == dict.fromkeys(hosts, 2)
+    assert ranks_by_host(discover(dict(SLURM)), SLURM) == {"gpu03": 2, "gpu04": 2, "gpu9": 1}
+    assert ranks_by_host(discover(dict(TORCHRUN)), SLURM) == {}
+
+
+@pytest.mark.parametrize("nodelist", ["n[1-", "n[a-b]", "n 1", "n]1["])
+def test_a_list_of_hosts_that_cannot_be_read_is_told(nodelist: str) -> None:
+    with pytest.raises(EnvError, match="cannot read the hosts of"):
+        discover({**SLURM, "SLURM_STEP_NODELIST": nodelist})
 
 
 def test_a_batch_script_of_slurm_is_a_single_process() -> None:
