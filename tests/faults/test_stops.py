@@ -1,6 +1,6 @@
-"""Two ranks that are stopped: by signals in a save, in a load and in a step, by files in the run's folder, by the clock.
+"""Two ranks that are stopped: by signals in a save, a load, a step and at random, by files of the run, by the clock.
 
-While a signal comes a rank is halted by a fault, so that the moment is known, however busy the machine is.
+Where a fault halts a rank while the signal comes, the moment is known, however busy the machine is.
 """
 
 from __future__ import annotations
