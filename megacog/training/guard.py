@@ -170,8 +170,8 @@ def require_finite_weights(model: nn.Module, step: int) -> None:
         return
     names = [name for name, spoiled in zip(trained, spoiled_K.tolist(), strict=True) if spoiled]
     raise NonFiniteError(
-        f"step {step}: trained weights are not finite: {', '.join(names[:3]) or 'those of another rank'}. No checkpoint "
-        "is made of them: resume the one before, with a lower train.learning_rate or train.gradient_clip"
+        f"step {step}: trained weights are not finite: {', '.join(names[:3]) or 'those of another rank'}. No "
+        "checkpoint is made of them: resume the one before, with a lower train.learning_rate or train.gradient_clip"
     )
 
 
