@@ -13,18 +13,24 @@ _CODE = 77
 
 
 class _Counter:
-    """Counts operations of all threads and calls `die` after the last one; None = only counts."""
+    """Counts operations of all threads, and tells `after` the number of each; what it does itself does not count."""
 
-    def __init__(self, last: int | None) -> None:
+    def __init__(self, after: Callable[[int], object]) -> None:
         self.count = 0
-        self._last = last
-        self._lock = threading.Lock()
+        self._after = after
+        self._telling = False
+        self._lock = threading.RLock()
 
     def add(self) -> None:
         with self._lock:
+            if self._telling:
+                return
             self.count += 1
-            if self.count == self._last:
-                os._exit(_CODE)
+            self._telling = True
+            try:
+                self._after(self.count)
+            finally:
+                self._telling = False
 
     def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **named: Any) -> Any:
@@ -68,9 +74,14 @@ class _Watched:
         return getattr(self._file, name)
 
 
-def count_operations(work: Callable[[], object]) -> int:
-    """How many operations `work` has, counted in this process."""
-    counter = _Counter(None)
+def count_operations(work: Callable[[], object], after: Callable[[int], object] = lambda number: None) -> int:
+    """How many operations `work` has, counted in this process.
+
+    Args:
+        work: Is done.
+        after: Called after each operation with its number, from 1, while all threads that would write wait.
+    """
+    counter = _Counter(after)
     before = {name: getattr(os, name) for name in _OPERATIONS}, builtins.open
     _install(counter)
     try:
@@ -84,11 +95,6 @@ def count_operations(work: Callable[[], object]) -> int:
 
 def die_after(last: int, work: Callable[[], object]) -> None:
     """Do `work` in a child process that dies right after operation `last`."""
-    await_death(start_dying(last, work), last)
-
-
-def start_dying(last: int, work: Callable[[], object]) -> int:
-    """The pid of a child process that does `work` and dies right after operation `last`."""
     child = os.fork()
     if child == 0:
         try:
@@ -96,18 +102,13 @@ def start_dying(last: int, work: Callable[[], object]) -> int:
             work()
         finally:
             os._exit(0)
-    return child
-
-
-def await_death(child: int, last: int) -> None:
-    """Wait for what `start_dying` has started."""
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == _CODE, f"operation {last} was not reached"
 
 
 def arm(last: int) -> None:
     """This process dies right after its operation `last` from now on."""
-    _install(_Counter(last))
+    _install(_Counter(lambda number: os._exit(_CODE) if number == last else None))
 
 
 def _install(counter: _Counter) -> None:

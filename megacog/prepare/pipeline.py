@@ -27,7 +27,7 @@ from megacog.prepare.decode import DecodedClip, DecodeSettings, decode_clip, dec
 from megacog.prepare.meter import Meter
 from megacog.prepare.sharing import Desk, LocalWork, RemoteWork, Slice, Work
 from megacog.prepare.sources import Failure, Row, Source, printable, split_rows
-from megacog.prepare.state import Part, PartialOutput, SliceRecord, produce, write_failures
+from megacog.prepare.state import Part, PartialOutput, SliceRecord, produce
 from megacog.prepare.workers import Decode, DecodePool, WorkerLimits
 from megacog.runtime.files import require_space, sha256_file
 from megacog.runtime.log import get_logger
@@ -119,7 +119,7 @@ def prepare(
         _make_slices(slices, output, tokenizer, meta, settings, decode, desk)
         failures = _all_failures(source, slices, output)
         if len(failures) == len(source.rows) + len(source.failures):
-            path = write_failures(settings.out, failures)
+            path = output.write_failures(failures)
             output.discard([part.stem for part in parts])
             raise DataError(
                 f"not one of {len(failures)} rows of {source.path} could be prepared; {path} says why "

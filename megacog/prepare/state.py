@@ -206,15 +206,42 @@ class PartialOutput:
             "shards": shards,
             "failed": len(lost),
         }
-        write_failures(self.stem, lost)
+        self.write_failures(lost)
         write_json(self.folder / "final.json", names)
         for name, final in names.items():
             if (self.folder / name).is_file():
                 os.replace(self.folder / name, self.stem.parent / final)
         sync_directory(self.stem.parent)
-        write_json(self.manifest_path, manifest)
+        write_json(self.folder / "manifest.json", manifest)
+        self._publish(self.folder / "manifest.json", self.manifest_path)
         self.remove()
         return manifest
+
+    def write_failures(self, failures: Sequence[Failure]) -> Path | None:
+        """Replaces this stem's lines of the folder's failed.jsonl; returns its path if anything failed.
+
+        Other preparations in the same folder keep their lines; a file without lines is removed.
+        """
+        path = self.stem.parent / FAILED
+        kept = []
+        if path.is_file():
+            kept = [line for line in path.read_text("utf-8").splitlines() if _stem_of(line) != self.stem.name]
+        ours = [
+            json.dumps({"stem": self.stem.name, **asdict(failure)}, ensure_ascii=False)
+            for failure in sorted(failures, key=lambda failure: failure.line)
+        ]
+        if kept or ours:
+            with atomic_file(self.folder / FAILED, "w") as file:
+                file.writelines(f"{line}\n" for line in [*kept, *ours])
+            self._publish(self.folder / FAILED, path)
+        else:
+            path.unlink(missing_ok=True)
+        return path if ours else None
+
+    def _publish(self, own: Path, path: Path) -> None:
+        """Moves a file out of the folder: what a killed writer leaves of one lies inside, where it is cleaned up."""
+        os.replace(own, path)
+        sync_directory(path.parent)
 
     def remove(self) -> None:
         """Removes the folder; of a finished preparation, whose manifest is there, nothing in it is needed."""
@@ -274,27 +301,6 @@ def finished_shards(stems: Sequence[Path]) -> list[Path]:
         path for stem in stems for path in stem.parent.glob(f"{_literal(stem.name)}-{digits}-of-{digits}.h5")
     ]
     return sorted(found)
-
-
-def write_failures(stem: Path, failures: Sequence[Failure]) -> Path | None:
-    """Replaces this stem's lines of the folder's failed.jsonl; returns its path if anything failed.
-
-    Other preparations in the same folder keep their lines; a file without lines is removed.
-    """
-    path = stem.parent / FAILED
-    kept = []
-    if path.is_file():
-        kept = [line for line in path.read_text("utf-8").splitlines() if _stem_of(line) != stem.name]
-    ours = [
-        json.dumps({"stem": stem.name, **asdict(failure)}, ensure_ascii=False)
-        for failure in sorted(failures, key=lambda failure: failure.line)
-    ]
-    if kept or ours:
-        with atomic_file(path, "w") as file:
-            file.writelines(f"{line}\n" for line in [*kept, *ours])
-    else:
-        path.unlink(missing_ok=True)
-    return path if ours else None
 
 
 def refuse_changes(stem: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -3,8 +3,8 @@
 Keys of a fault, in any order; several faults are separated by `;`:
 - phase: data, forward, backward, step, evaluate, save or load. Required.
 - kind: kill (SIGKILL to itself), stop (SIGSTOP to itself), sleep (for `seconds`), nan (in the loss if the phase is
-  forward, in the gradients if it is backward), flip (one bit of a weight, phase step), enospc (the write at the fault
-  point fails; phase save). Required.
+  forward, in the gradients if it is backward, in a weight if it is step), flip (one bit of a weight, phase step),
+  enospc (the write at the fault point fails; phase save). Required.
 - rank, step: where; without them on every rank, in every step.
 - seconds: of kind sleep.
 - once: a file that the fault makes when it comes; while the file is there, it does not come again (after a restart).
@@ -31,8 +31,8 @@ log = get_logger(__name__)
 VARIABLE = "MEGACOG_FAULT"
 PHASES = ("data", "forward", "backward", "step", "evaluate", "save", "load")
 KINDS = {
-    "kill": PHASES, "stop": PHASES, "sleep": PHASES, "nan": ("forward", "backward"), "flip": ("step",),
-    "enospc": ("save",),
+    "kill": PHASES, "stop": PHASES, "sleep": PHASES, "nan": ("forward", "backward", "step"),
+    "flip": ("step",), "enospc": ("save",),
 }  # fmt: skip
 """Kind -> phases in which it makes sense."""
 _KEYS = ("phase", "kind", "rank", "step", "seconds", "once")
@@ -126,7 +126,7 @@ def fault_point(phase: str, step: int) -> Literal["nan", "flip"] | None:
         step: Optimizer step, from 1; the step of the checkpoint when saving or loading.
 
     Returns:
-        What the caller must spoil: the loss or gradients ("nan"), or a bit of a weight ("flip").
+        What the caller must spoil: the loss, gradients or a weight ("nan"), or a bit of a weight ("flip").
 
     Raises:
         OSError: Kind enospc: what the write that follows would raise.

@@ -1,7 +1,8 @@
-"""How long a run needs to notice a dead or stuck rank and to end: `python -m megacog.training.fault_times --config X`.
+"""How long a run needs to end after a fault or a signal: `python -m megacog.training.fault_times --config X`.
 
 Trains the configuration again and again on forked ranks of this machine, with a fault injected by rank, phase and kind,
-and measures from the fault to the end of the last process. Prints one JSON object per case and one with the quantiles.
+or SIGTERM to a rank at a random moment, and measures from the fault to the end of the last process. Prints one JSON
+object per case and one with the quantiles.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -19,17 +21,23 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from megacog.checkpoint.discovery import find_checkpoint
 from megacog.config.load import load_config
+from megacog.metrics.record import FILE_NAME, read_records
 from megacog.runtime.cli import run
 from megacog.runtime.faults import KINDS, PHASES, VARIABLE
 from megacog.training import pretrain
+from megacog.training.soak_ranks import ForkedRanks
 
 _LONGEST = 120.0
 _LAST = 5000
 """Characters of a failed run's output that are worth showing."""
 _STEP = 3
 """Of the fault: kernels and caches have been used before."""
+SIGNAL = "signal"
+"""The kind of a case without a fault: SIGTERM to a rank, in any phase."""
 
 
 class NeverCameError(RuntimeError):
@@ -42,11 +50,13 @@ class Case:
 
     Attributes:
         kind, phase, rank: Of the fault.
-        limit: Seconds without progress that the phase is allowed; 0 if the rank is killed, which is seen at once.
+        limit: Seconds without progress that the phase is allowed; 0 if the rank is killed, which is seen at once. Of a
+            signal: the seconds of that run's last step and last save.
         codes: Exit codes of the ranks; negative = ended by that signal.
         seconds: From the fault to the end of all processes of the run, orphans included.
         orphans: Processes that were still there afterwards.
-        named: Whether the output names the rank, its host and the phase.
+        named: Whether the output names the rank, its host and the phase. Of a signal: whether the newest checkpoint,
+            whole, is of the step that the run was in or of the one after it, and nothing was trained beyond.
         output: Of all ranks.
     """
 
@@ -106,6 +116,46 @@ def measure(config: Path, ranks: int, kind: str, phase: str, rank: int, limit: f
     place = f"rank {rank} on {socket.gethostname()}"
     named = any(place in line and phase in line for line in output.splitlines() if "WATCH" in line)
     return Case(kind, phase, rank, limit, codes, round(seconds, 2), orphans, named, output)
+
+
+def measure_signal(config: Path, ranks: int, rank: int, delay: float) -> Case:
+    """Send SIGTERM to a rank of a run that would go on for long.
+
+    Args:
+        config: As that of `measure`.
+        ranks: How many.
+        rank: That gets it.
+        delay: Seconds after the end of the first step.
+    """
+    with tempfile.TemporaryDirectory(prefix="megacog-fault-") as temporary:
+        run_dir, log = Path(temporary) / "run", Path(temporary) / "output"
+        arguments = ["--config", str(config), f"train.run_dir={run_dir}", "train.steps=1000000"]
+        started, deadline = ForkedRanks(arguments, ranks, log), time.monotonic() + _LONGEST
+        try:
+            while not _records(run_dir, "train"):
+                if time.monotonic() > deadline:
+                    raise RuntimeError(log.read_text()[-_LAST:])
+                time.sleep(0.01)
+            time.sleep(delay)
+            os.kill(started.pids[rank], signal.SIGTERM)
+            since = time.monotonic()
+            done = _records(run_dir, "train")[-1]["step"]
+            found = started.wait(_LONGEST)
+            while started.processes() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            seconds, orphans = time.monotonic() - since, len(started.processes())
+        finally:
+            started.kill()
+        codes = [-signal.SIGKILL if code is None else code for code in found]
+        last, newest = _records(run_dir, "train")[-1], find_checkpoint(run_dir, "auto")
+        saved = newest is not None and newest[1].step == last["step"] <= done + 2
+        limit = last["seconds"] + sum(record["seconds"] for record in _records(run_dir, "checkpoint")[-1:])
+        return Case(SIGNAL, "any", rank, round(limit, 2), codes, round(seconds, 2), orphans, saved, log.read_text())
+
+
+def _records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    path = run_dir / FILE_NAME
+    return [record for record in read_records(path) if record["kind"] == kind] if path.exists() else []
 
 
 def run_forked_ranks(arguments: list[str], ranks: int, folder: Path, fault: str) -> tuple[list[int], float, int]:
@@ -204,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fault_times", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", required=True, type=Path, help="a small run with checkpoints and evaluations")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--kinds", nargs="+", default=["kill", "stop"], choices=sorted(KINDS))
+    parser.add_argument("--kinds", nargs="+", default=["kill", "stop"], choices=sorted([*KINDS, SIGNAL]))
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     parser.add_argument("--rank", nargs="+", type=int, help="ranks that are hit (default: each in turn)")
     parser.add_argument("--repeat", type=int, default=1)
@@ -213,9 +263,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_config(arguments.config)
     victims = arguments.rank or range(arguments.ranks)
     cases = []
+    faults = [kind for kind in arguments.kinds if kind != SIGNAL]
+    wanted = list(itertools.product(faults, arguments.phases, victims))
+    wanted += [(SIGNAL, "any", rank) for rank in victims if SIGNAL in arguments.kinds]
     for _ in range(arguments.repeat):
-        for kind, phase, rank in itertools.product(arguments.kinds, arguments.phases, victims):
-            case = measure(arguments.config, arguments.ranks, kind, phase, rank, arguments.limit)
+        for kind, phase, rank in wanted:
+            if kind == SIGNAL:
+                case = measure_signal(arguments.config, arguments.ranks, rank, random.random())
+            else:
+                case = measure(arguments.config, arguments.ranks, kind, phase, rank, arguments.limit)
             cases.append(case)
             print(json.dumps({key: value for key, value in asdict(case).items() if key != "output"}), flush=True)
     print(json.dumps(summary(cases)), flush=True)

@@ -1,4 +1,7 @@
-"""What happens when numbers are not right: non-finite steps are skipped, spikes told, their samples dumped."""
+"""What happens when numbers are not right: non-finite steps are skipped, spikes told, their samples dumped.
+
+And no checkpoint is made of weights that are not finite.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from megacog.config.schema import WatchConfig
 from megacog.errors import MegacogError
@@ -26,7 +30,7 @@ _MOST_DUMPS = 100
 
 
 class NonFiniteError(MegacogError):
-    """Loss or gradients were not finite for several steps in a row."""
+    """Loss or gradients were not finite for several steps in a row, or weights are not."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,28 @@ class Guard:
         """Go on where `state` was taken; that of a checkpoint without one is empty."""
         self.skipped, self.spiked = int(state.get("skipped", 0)), int(state.get("spiked", 0))
         self._spikes.restore(state.get("losses", []))
+
+
+def require_finite_weights(model: nn.Module, step: int) -> None:
+    """Check before a checkpoint that all trained weights are finite. Collective; ZeRO 3 leaves nothing to look at.
+
+    Raises:
+        NonFiniteError: On all ranks; those whose own weights are not finite name the tensors.
+    """
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad and weight.numel()}
+    if not trained:
+        return
+    spoiled_K = ~torch.stack([torch.stack(weight.detach().aminmax()).isfinite().all() for weight in trained.values()])
+    count = spoiled_K.sum()
+    if dist.is_initialized():
+        dist.all_reduce(count)
+    if count == 0:
+        return
+    names = [name for name, spoiled in zip(trained, spoiled_K.tolist(), strict=True) if spoiled]
+    raise NonFiniteError(
+        f"step {step}: trained weights are not finite: {', '.join(names[:3]) or 'those of another rank'}. No "
+        "checkpoint is made of them: resume the one before, with a lower train.learning_rate or train.gradient_clip"
+    )
 
 
 def _numbers(batches: Sequence[MicroBatch]) -> list[list[float | str]]:

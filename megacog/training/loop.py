@@ -29,7 +29,7 @@ from megacog.runtime.log import SHARED, get_logger
 from megacog.runtime.signals import StopFlag
 from megacog.training.checkpoints import Checkpoints
 from megacog.training.engine import Engine
-from megacog.training.guard import Guard, MicroBatch
+from megacog.training.guard import Guard, MicroBatch, require_finite_weights
 from megacog.training.replicas import compare_replicas
 from megacog.training.schedule import learning_rate
 from megacog.training.switches import Switches
@@ -138,12 +138,13 @@ class Loop:
         return step
 
     def save(self, step: int, wanted: bool, last: bool, evaluation_loss: float | None) -> None:
-        """Save if it is due or wanted, and before that compare the weights: no checkpoint of corrupt ones is made."""
+        """Save if it is due or wanted, and before that look at the weights: no checkpoint of corrupt ones is made."""
         due_now = last or wanted or due(step, self.config.checkpoint.every)
         if self.config.watch.compare_weights_every and (due_now or due(step, self.config.watch.compare_weights_every)):
             compare_replicas(self.engine.model, self.tensor_rank, step)
         if not due_now:
             return
+        require_finite_weights(self.engine.model, step)
         beat("save", step)
         if last:
             self.checkpoints.save_last(step, evaluation_loss)
@@ -178,8 +179,8 @@ class Loop:
         spoil = begin("step", step)
         rate = learning_rate(step, self.config.train)
         applied = self.engine.step(rate)
-        if spoil == "flip":
-            flip_bit(self.engine.model)
+        if spoil is not None:
+            spoil_weight(self.engine.model, spoil)
         save = self.switches is not None and self.switches.save_requested()  # may ask for a stop, too
         sums[:_FLAGS] = torch.tensor([self.stop.requested, self.checkpoints.writing, save])
         stop, writing, wanted, loss, *frame_loss = self._mean_over_ranks(sums)
@@ -285,10 +286,13 @@ def begin(phase: str, step: int) -> Literal["nan", "flip"] | None:
 
 
 @torch.no_grad()
-def flip_bit(model: nn.Module) -> None:
-    """Change one bit of one weight, as a cosmic ray or a bad memory cell would."""
+def spoil_weight(model: nn.Module, kind: Literal["nan", "flip"]) -> None:
+    """Make one weight NaN, or change one bit of it, as a cosmic ray or a bad memory cell would."""
     weight = next(parameter for parameter in model.parameters() if parameter.numel())
-    weight.view(-1)[:1].view(torch.uint8)[0] ^= 1
+    if kind == "nan":
+        weight.view(-1)[0] = float("nan")
+    else:
+        weight.view(-1)[:1].view(torch.uint8)[0] ^= 1
 
 
 def _format_frames(losses: dict[str, float]) -> str:

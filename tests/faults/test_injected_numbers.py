@@ -72,6 +72,21 @@ def test_a_flipped_bit_is_found_and_no_checkpoint_is_made_of_it(inputs: Path, tm
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-0000004"]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "message"), [("", "step 8: trained weights are not finite: "), ("rank:1,", "step 8: weights that all ")]
+)
+def test_no_checkpoint_is_made_of_weights_that_are_not_finite_and_the_one_before_is_resumed(
+    inputs: Path, tmp_path: Path, ranks: str, message: str
+) -> None:
+    codes, output = train(inputs, tmp_path, f"{ranks}step:7,phase:step,kind:nan")
+    assert codes == [1, 1] and output.count(message) == 2, output
+    assert [record["applied"] for record in records(tmp_path)] == [True] * 7 + [False], "noticed in the next step"
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-0000004"]
+    codes, output = train(inputs, tmp_path, "")
+    assert codes == [0, 0] and "resumed at step 4" in output, output
+    assert [record["applied"] for record in records(tmp_path)] == [True] * 8
+
+
 def test_a_log_on_a_full_disk_stops_nothing(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "output").symlink_to("/dev/full")
     codes, _ = train(inputs, tmp_path, "")

@@ -15,13 +15,13 @@ from megacog.training.soak_trials import count_kills, failures
 
 KILLS = 20
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 
 def soak(record: Path, kills: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launch/soak.py", "kills", "--record", str(record), "--kills", str(kills)]
     command += ["--seed", "20261122", "--cold-every", "0"]
-    return subprocess.run(command, cwd=ROOT, env=python_environment(), capture_output=True, text=True, timeout=550)
+    return subprocess.run(command, cwd=ROOT, env=python_environment(), capture_output=True, text=True, timeout=700)
 
 
 def test_randomly_killed_runs_end_as_if_nobody_had_killed_them(tmp_path: Path, figure: Callable[[str], None]) -> None:

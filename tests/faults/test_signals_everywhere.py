@@ -12,23 +12,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from mpi_ranks import BIN, MPIRUN, mpi_environment
 from run_ranks import ROOT, free_port, python_environment
 from tiny_run import make_inputs, settings, write_config
 
 from megacog.checkpoint.discovery import list_checkpoints
 from megacog.metrics.record import read_records
+from megacog.training.soak_ranks import ForkedRanks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]
-BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "deepspeed": lambda: [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())],
     "torchrun": lambda: [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    "mpirun": lambda: [MPIRUN, "-n", "2", "--bind-to", "none", sys.executable],
 }
 HITS = [
-    ("deepspeed", "deepspeed.launcher.launch", signal.SIGUSR1), ("deepspeed", "bin/deepspeed", signal.SIGTERM),
-    ("torchrun", "bin/torchrun", signal.SIGKILL), ("torchrun", "launch/pretrain.py", signal.SIGUSR1),
+    ("deepspeed", "deepspeed.launcher.launch", signal.SIGUSR1, 0), ("deepspeed", "bin/deepspeed", signal.SIGTERM, -15),
+    ("torchrun", "bin/torchrun", signal.SIGKILL, -9), ("torchrun", "launch/pretrain.py", signal.SIGUSR1, 1),
+    ("mpirun", None, signal.SIGUSR1, 85),
 ]  # fmt: skip
-"""Launcher, program that the signal hits (a rank, in the last one), signal. The others end without a word to ranks."""
+"""Launcher, program that the signal hits (None = the command), signal, exit code of the command. The last but one is
+a rank, mpirun passes it on to all ranks, and the others end without a word to them."""
 SIGNAL_AFTER = """
 import os, runpy, signal, sys
 from megacog.training import pretrain
@@ -55,9 +59,10 @@ def started(launcher: list[str], inputs: Path, folder: Path) -> Iterator[subproc
     values = settings(inputs, folder / "run", "base", engine="torch", steps=100_000, eval_every=0)
     config = write_config(folder / "run.yaml", values | {"checkpoint": {"every": 0}})
     command = [*launcher, str(ROOT / "launch/pretrain.py"), "--config", str(config)]
+    environment = mpi_environment() if launcher[0] == MPIRUN else python_environment()
     with open(folder / "output", "wb") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=python_environment(), stdout=output, stderr=output, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     try:
         yield process
@@ -94,17 +99,21 @@ def steps(folder: Path) -> list[int]:
     return [record["step"] for record in read_records(path) if record["kind"] == "train"] if path.exists() else []
 
 
-@pytest.mark.parametrize(("launcher", "victim", "number"), HITS)
-def test_the_run_is_saved_at_its_last_step_and_leaves_no_process(
-    inputs: Path, tmp_path: Path, launcher: str, victim: str, number: signal.Signals
+@pytest.mark.parametrize(("launcher", "victim", "number", "code"), HITS)
+def test_the_run_is_saved_at_its_last_step_leaves_no_process_and_goes_on_from_there(
+    inputs: Path, tmp_path: Path, launcher: str, victim: str | None, number: signal.Signals, code: int
 ) -> None:
     with started(LAUNCHERS[launcher](), inputs, tmp_path) as process:
         wait_for(lambda: len(steps(tmp_path)) > 3, tmp_path)
-        os.kill(members(tmp_path, victim)[-1], number)
+        os.kill(process.pid if victim is None else members(tmp_path, victim)[-1], number)
         since = time.monotonic()
         wait_for(lambda: process.poll() is not None and not members(tmp_path), tmp_path, 60)
         assert time.monotonic() - since < 20
-    assert list_checkpoints(tmp_path / "run")[0].name == f"step-{steps(tmp_path)[-1]:07d}"
+    last = steps(tmp_path)[-1]
+    assert process.returncode == code and list_checkpoints(tmp_path / "run")[0].name == f"step-{last:07d}"
+    again = ForkedRanks(["--config", str(tmp_path / "run.yaml"), f"train.steps={last + 1}"], 2, tmp_path / "output")
+    assert again.wait(100) == [0, 0], (tmp_path / "output").read_text()[-3000:]
+    assert steps(tmp_path) == list(range(1, last + 2))
 
 
 @pytest.mark.parametrize("function", ["discover", "announce"])

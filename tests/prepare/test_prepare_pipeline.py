@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from deaths import count_operations
 from fake_decoders import misbehave, stall_at_five
 from tiny_videos import ramp, random_tokenizer, write_captions, write_frames, write_video
 
@@ -22,7 +23,7 @@ from megacog.prepare import pipeline, state
 from megacog.prepare.decode import DecodeSettings, decode_clip
 from megacog.prepare.pipeline import PrepareSettings, Summary, encode_in_batches, prepare
 from megacog.prepare.sources import Failure, read_source
-from megacog.prepare.state import PartialOutput, write_failures
+from megacog.prepare.state import PartialOutput
 from megacog.prepare.workers import Decode, WorkerLimits
 from megacog.runtime import outcome
 from megacog.tokenizers.frames import load_frame_tokenizer
@@ -278,7 +279,7 @@ def test_a_slice_of_failures_leaves_no_gap_in_the_numbers(corpus: Path, tmp_path
 def test_preparations_in_one_folder_keep_their_failures_apart(tmp_path: Path) -> None:
     failures = [Failure(7, "b.mp4", "gone"), Failure(3, "a.mp4", "broken")]
     for stem in ("one", "two", "one"):
-        assert write_failures(tmp_path / stem, failures) == tmp_path / "failed.jsonl"
+        assert PartialOutput(tmp_path / stem).write_failures(failures) == tmp_path / "failed.jsonl"
     lines = [json.loads(line) for line in (tmp_path / "failed.jsonl").read_text().splitlines()]
     assert [(line["stem"], line["line"]) for line in lines] == [
         ("two", 3),
@@ -286,9 +287,21 @@ def test_preparations_in_one_folder_keep_their_failures_apart(tmp_path: Path) ->
         ("one", 3),
         ("one", 7),
     ]
-    assert write_failures(tmp_path / "two", []) is None
-    assert write_failures(tmp_path / "one", []) is None
-    assert list(tmp_path.iterdir()) == []
+    assert PartialOutput(tmp_path / "two").write_failures([]) is None
+    assert PartialOutput(tmp_path / "one").write_failures([]) is None
+    assert not (tmp_path / "failed.jsonl").exists()
+
+
+def test_a_death_at_any_moment_leaves_nothing_but_finished_files_and_the_folder_beside_them(tmp_path: Path) -> None:
+    output, seen = PartialOutput(tmp_path / "clips"), set()
+
+    def finish() -> None:
+        with output.locked():
+            output.begin({}, [])
+            output.finish([], {}, [Failure(3, "a.mp4", "broken")])
+
+    assert count_operations(finish, lambda number: seen.update(path.name for path in tmp_path.iterdir())) > 10
+    assert seen == {"clips.partial", "clips.json", "failed.jsonl"}
 
 
 def test_nothing_usable_is_an_error_and_can_be_tried_again(corpus: Path, tmp_path: Path) -> None:
