@@ -16,7 +16,7 @@
 #             and scikit-learn, and runs/digits-100m from `launch/digits_gpu.sh data`:
 #               digits (trains and judges 144M parameters; mp4 files with av only)
 #             and deepspeed, hjson:
-#               fits (a step of the 9B model within 44 GiB)
+#               fits (a step of the 9B model within 42.9 GiB)
 #             Default: tests, replay, sanitizer, kernels, fused, cross_entropy, generate. Each takes less than ten
 #             minutes; one that fails stops no other. What is missing is said before the first one starts.
 set -uo pipefail

@@ -16,6 +16,8 @@ class MegacogError(Exception):
     """Base of all errors caused by input, configuration or environment rather than by a bug."""
 
     exit_code = EXIT_FAULT
+    told = False
+    """Whether another rank says it: then this one leaves without a word."""
 
 
 class ConfigError(MegacogError):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacog.config.schema import Kernels, ModelConfig, PlusStage
+from megacog.config.schema import Checkpointing, Kernels, ModelConfig, PlusStage
 from megacog.model.init import initialize_base, initialize_plus
 from megacog.model.transformer import CogVideo
 from megacog.parallel.sequence import SequenceParallel
@@ -34,10 +34,11 @@ def build_model(
     noise: float = 0.3,
     kernels: Kernels = "auto",
     sequence: SequenceParallel | None = None,
+    checkpointing: Checkpointing = "none",
 ) -> CogVideo:
     """A model with weights large enough that every part matters; the same for every number of ranks."""
     config = config or model_config()
-    model = CogVideo(config, plus, parallel, kernels=kernels, sequence=sequence)
+    model = CogVideo(config, plus, parallel, checkpointing, kernels, sequence)
     initialize_base(model, seed=1)
     whole = CogVideo(config, plus)
     with torch.no_grad():

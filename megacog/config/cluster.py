@@ -56,8 +56,8 @@ class ClusterConfig(Section):
     gpus_per_node: int = Field(default=0, ge=0)
     """GPUs of one machine, one rank each; 0 = machines without GPUs."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
-    """Memory of one GPU, 80 for example: `launch/submit.py` then refuses a run that cannot fit. null = the ranks find
-    out when they start."""
+    """Memory of one GPU as it is sold, 80 for example: `launch/submit.py` then refuses a run that cannot fit. null =
+    the ranks find out when they start."""
     ranks_per_node: int | None = Field(default=None, ge=1)
     """Ranks of one machine; null = one per GPU, or one without GPUs."""
     spare_nodes: int = Field(default=0, ge=0)

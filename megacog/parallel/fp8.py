@@ -36,20 +36,24 @@ SIDE = 16
 _CAPABILITY = (8, 9)
 
 
+def why_not(device: torch.device) -> str | None:
+    """Why the device multiplies no e4m3 matrices; None if it does."""
+    if device.type == "cpu" or device.type == "meta":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"{device.type} is none of NVIDIA's here"
+    found = torch.cuda.get_device_capability(device)
+    return None if found >= _CAPABILITY else f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+
+
 def check_device(device: torch.device) -> None:
     """Raises:
     EnvError: The device multiplies no e4m3 matrices; nothing else is used instead.
     """
-    if device.type == "cpu" or device.type == "meta":
-        return
-    if device.type != "cuda" or torch.version.hip is not None:
-        raise EnvError(f"base_precision fp8 runs on NVIDIA GPUs and CPUs, not on {device.type}; set it to null")
-    found = torch.cuda.get_device_capability(device)
-    if found < _CAPABILITY:
-        name = torch.cuda.get_device_name(device)
+    reason = why_not(device)
+    if reason is not None:
         raise EnvError(
-            f"base_precision fp8 needs compute capability 8.9 (Ada, Hopper or later); {name} has "
-            f"{found[0]}.{found[1]}; set it to null"
+            f"base_precision fp8 needs compute capability 8.9 (NVIDIA's Ada, Hopper or later); {reason}; set it to null"
         )
 
 

@@ -11,20 +11,25 @@ from megacog.runtime.hardware import peak_tflops
 
 GIB = 2**30
 
-# Name: nominal memory in GiB, memory bandwidth in TB/s, bandwidth to the GPUs of the same node in GB/s one way, network
-# per GPU in Gbit/s of the vendor's reference system, NVIDIA's compute capability. Data sheets of the vendors.
-_DEVICES: dict[str, tuple[float, float, float, float, tuple[int, int] | None]] = {
-    "H100": (80, 3.35, 450, 400, (9, 0)),
-    "H200": (141, 4.8, 450, 400, (9, 0)),
-    "B200": (180, 8.0, 900, 400, (10, 0)),
-    "A100": (80, 2.04, 300, 200, (8, 0)),
-    "A100-40GB": (40, 1.56, 300, 200, (8, 0)),
-    "L40S": (48, 0.864, 32, 100, (8, 9)),
-    "A40": (48, 0.696, 32, 100, (8, 6)),
-    "RTX A6000": (48, 0.768, 32, 100, (8, 6)),
-    "RTX 4090": (24, 1.01, 32, 100, (8, 9)),
-    "RTX 3090": (24, 0.936, 32, 100, (8, 6)),
-    "MI300X": (192, 5.3, 448, 400, None),
+# Name: memory as it is sold, GiB that CUDA reports of it, memory bandwidth in TB/s, bandwidth to the GPUs of the same
+# node in GB/s one way, network per GPU in Gbit/s of the vendor's reference system, NVIDIA's compute capability. All but
+# the second are of the vendors' data sheets. The second, at least, from what torch ("total capacity") and drivers have
+# said in public: pytorch/ao #4002 (B200), levihsu/OOTDiffusion #235 (A100, where others say 79.15), TianheWu/CoSeR #10
+# (A100-40GB), stepfun-ai/Step-Video-T2V #8 (L40S), chatdoc-com/OCRFlux #64 (A40: 46068 MiB before CUDA takes its part,
+# as the L40S has, both with ECC), Soul-AILab/SoulX-FlashTalk #5 (RTX 4090), GaoLii/DSP #10 (RTX 3090), ROCm/vllm #397
+# (MI300X: 201310208 KiB); many reports of 79.1 (H100), 139.8 (H200) and 47.54 (RTX A6000 without ECC).
+_DEVICES: dict[str, tuple[float, float, float, float, float, tuple[int, int] | None]] = {
+    "H100": (80, 79.1, 3.35, 450, 400, (9, 0)),
+    "H200": (141, 139.8, 4.8, 450, 400, (9, 0)),
+    "B200": (180, 178.35, 8.0, 900, 400, (10, 0)),
+    "A100": (80, 79.15, 2.04, 300, 200, (8, 0)),
+    "A100-40GB": (40, 39.5, 1.56, 300, 200, (8, 0)),
+    "L40S": (48, 44.42, 0.864, 32, 100, (8, 9)),
+    "A40": (48, 44.42, 0.696, 32, 100, (8, 6)),
+    "RTX A6000": (48, 47.54, 0.768, 32, 100, (8, 6)),
+    "RTX 4090": (24, 23.52, 1.01, 32, 100, (8, 9)),
+    "RTX 3090": (24, 23.7, 0.936, 32, 100, (8, 6)),
+    "MI300X": (192, 191.98, 5.3, 448, 400, None),
 }
 _FP8_CAPABILITY = (8, 9)
 """From which on NVIDIA's GPUs multiply e4m3 matrices, as `megacog.parallel.fp8` needs it."""
@@ -36,6 +41,7 @@ class Device:
 
     name: str
     memory_gib: float
+    """That the device reports: less than it is sold with."""
     peak_tflops: float | None = None
     """Dense, at the run's precision."""
     bandwidth: float = 0
@@ -59,7 +65,7 @@ def find_device(name: str | None, memory_gib: float, precision: str) -> Device:
 
     Args:
         name: As in the table above, as torch names a device, or "cpu"; None = by memory.
-        memory_gib: Of one device.
+        memory_gib: Of one device: as it is sold (80), for what it reports then, or any other, as it is.
         precision: "bf16" or "fp32".
 
     Raises:
@@ -75,7 +81,7 @@ def find_device(name: str | None, memory_gib: float, precision: str) -> Device:
     if found is None:
         what = f"a device of {memory_gib:g} GiB" if name is None else f"device {name!r}"
         raise ConfigError(f"{what} is not known; --device takes {', '.join(_DEVICES)} or cpu, with any memory")
-    _, bandwidth, link, network, capability = _DEVICES[found]
+    sold, reported, bandwidth, link, network, capability = _DEVICES[found]
     no_fp8 = None
     if capability is None:
         no_fp8 = f"{found} is none of NVIDIA's"
@@ -83,7 +89,12 @@ def find_device(name: str | None, memory_gib: float, precision: str) -> Device:
         no_fp8 = f"{found} has {capability[0]}.{capability[1]}"
     peak = peak_tflops(found, precision)
     speeds = (bandwidth * 1e12, link * 1e9, network / 8 * 1e9)
-    return Device(found, memory_gib, peak, *speeds, no_fp8=no_fp8)
+    return Device(found, reported if memory_gib == sold else memory_gib, peak, *speeds, no_fp8=no_fp8)
+
+
+def reported_gib(memory_gib: float) -> float:
+    """What any device that is sold with this memory reports, at least; other sizes as they are."""
+    return min((facts[1] for facts in _DEVICES.values() if facts[0] == memory_gib), default=memory_gib)
 
 
 @dataclass(frozen=True)
@@ -161,7 +172,7 @@ class Cluster:
         assumed = self.assumptions
         if not self.device.gpu:
             return self.device.memory_gib * GIB / self.gpus_per_node
-        return (self.device.memory_gib - assumed.reserved_gib) * assumed.usable_share * GIB
+        return max(0, self.device.memory_gib - assumed.reserved_gib) * assumed.usable_share * GIB
 
     def resized(self, world: int) -> Cluster:
         """The same nodes, as many as `world` ranks need.

@@ -76,12 +76,12 @@ def main(templates: Path, argv: Sequence[str] | None = None) -> int:
 
 
 def require_runnable(config: Config) -> None:
-    """Refuse a run before it is queued.
+    """Refuse a run before it is queued; says on stderr if its memory cannot be checked.
 
     Raises:
         ConfigError: It does not divide over the ranks of `cluster`, or cannot fit on its GPUs, with the plan's numbers.
     """
-    from megacog.planning.cluster import Cluster, Device
+    from megacog.planning.cluster import Cluster, Device, reported_gib
     from megacog.planning.plan import accumulation_steps, data_parallel
     from megacog.planning.require import require_memory
 
@@ -89,9 +89,13 @@ def require_runnable(config: Config) -> None:
     if cluster.nodes is None:
         raise ConfigError("cluster.nodes is not set: say on how many machines the job runs")
     accumulation_steps(config, data_parallel(config, cluster.nodes * cluster.local_ranks))
-    if cluster.gpus_per_node and cluster.gpu_memory_gib is not None:
-        gpu = Device("GPU", cluster.gpu_memory_gib)
-        require_memory(config, Cluster(gpu, cluster.gpus_per_node, cluster.nodes))
+    if not cluster.gpus_per_node:
+        return
+    if cluster.gpu_memory_gib is None:
+        print("memory is not checked: set cluster.gpu_memory_gib", file=sys.stderr)
+        return
+    gpu = Device("GPU", reported_gib(cluster.gpu_memory_gib))
+    require_memory(config, Cluster(gpu, cluster.gpus_per_node, cluster.nodes))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -44,12 +44,12 @@ class Elements:
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes that are alive in one part of a step."""
+    """Bytes that are alive in one part of a run."""
 
     name: str
     """When it is, to go on a sentence."""
     state: float
-    """That an engine holds, with the gradients on the weights."""
+    """That an engine holds, with the gradients on the weights, or a model that is being built."""
     activations: float
     more: float
     """Besides: buffers, copies, gathered weights."""
@@ -64,6 +64,8 @@ class State:
     """Bytes that an engine holds on one rank."""
 
     weights: float = 0
+    building: float = 0
+    """Weights while the model is built, where they are cut afterwards: every rank first holds them whole."""
     masters: float = 0
     """fp32 copies of what is trained."""
     moments: float = 0
@@ -102,7 +104,7 @@ class State:
         return self.weights + self.masters + (0 if self.sums_late else self.accumulated)
 
     def peak(self, one: Pass, whole_gradients: float) -> Phase:
-        """The phase of a step in which most bytes are alive at once.
+        """The phase of building or of a step in which most bytes are alive at once.
 
         Args:
             one: A micro batch's pass.
@@ -114,6 +116,7 @@ class State:
         left = backward - self.flush_after * one.saved
         kept = whole_gradients if self.keeps_gradients else 0
         phases = (
+            Phase("while the model is built", self.building, 0, 0),
             Phase("in a forward pass", held, one.peak_before, self.in_forward),
             Phase("in a backward pass", held, backward, self.in_backward),
             Phase("while a bucket of gradients goes out", held, left, self.in_backward + self.in_flush),
@@ -259,6 +262,7 @@ def _zero_3(elements: Elements, a: int, replicas: int, zero: dict[str, Any], gpu
     at_once = elements.weights <= ahead  # all that is gathered comes before there are activations
     return State(
         weights=elements.weights / replicas,
+        building=elements.weights,
         masters=FP32 * share,
         moments=ADAM_MOMENTS * share,
         accumulated=a * share,

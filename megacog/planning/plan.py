@@ -21,7 +21,7 @@ from megacog.parallel.tensor import TensorParallel
 from megacog.planning.cluster import Cluster, Device
 from megacog.planning.memory import Elements, Phase, engine_state, host_bytes, tree
 from megacog.planning.speed import StepTime, step_time
-from megacog.planning.trace import trace_pass
+from megacog.planning.trace import Pass, trace_pass
 
 POLICIES: tuple[Checkpointing, ...] = get_args(Checkpointing)
 _LARGEST_TRIED = 4096
@@ -125,6 +125,12 @@ def count_elements(config: Config) -> Elements:
     return _count(model, config.train.stage, config.parallel.tensor, weight_bytes, fp8)
 
 
+def _whole_elements(config: Config) -> Elements:
+    """What all tensor-parallel ranks hold together, without copies and padding."""
+    alone = config.parallel.model_copy(update={"tensor": 1})
+    return count_elements(config.model_copy(update={"parallel": alone}))
+
+
 def data_parallel(config: Config, world: int) -> int:
     """Ranks that take different samples.
 
@@ -199,7 +205,7 @@ def plan(config: Config, cluster: Cluster, policies: Sequence[Checkpointing] = P
     seconds = None if time is None else time.seconds
     samples = train.global_batch_size
     work = training_work(config.model, train.stage).model * samples / cluster.world
-    whole_trained = elements.trained * config.parallel.tensor
+    whole = _whole_elements(config)
     masters = 0 if elements.weight_bytes == 4 else 1
     found = Plan(
         world=cluster.world, data_size=data_size, accumulation=accumulation,
@@ -214,8 +220,8 @@ def plan(config: Config, cluster: Cluster, policies: Sequence[Checkpointing] = P
         model_tflops=None if not seconds else work / seconds / 1e12,
         days=None if seconds is None else seconds * train.steps / 86400,
         gpu_hours=None if seconds is None else seconds * train.steps / 3600 * cluster.world,
-        checkpoint=whole_trained * (elements.weight_bytes + 4 * (2 + masters)),
-        frozen_checkpoint=elements.frozen * config.parallel.tensor * elements.weight_bytes,
+        checkpoint=whole.trained * (elements.weight_bytes + 4 * (2 + masters)),
+        frozen_checkpoint=whole.frozen * elements.weight_bytes,
         suggestions=[],
     )  # fmt: skip
     if suggest and not found.fits:
@@ -243,6 +249,13 @@ def on_device(config: Config, device: Device) -> Config:
 
 
 _PARTS = ("gemm", "attention", "pointwise", "accumulate", "optimizer", "exposed", "waiting")
+
+
+def least_bytes(config: Config, data_size: int, gpu: bool) -> float:
+    """What one rank needs at the peak with any policy and micro batch, at least; found without a pass of the model."""
+    elements = count_elements(config)
+    state = engine_state(config, elements, replicas(config, data_size), 1, gpu)
+    return state.peak(Pass(), elements.trained * elements.weight_bytes).bytes
 
 
 def _time(config: Config, cluster: Cluster, elements: Elements, accumulation: int, data_size: int) -> StepTime | None:

@@ -10,6 +10,7 @@ from megacog.planning.plan import Plan
 
 _STATE = {
     "weights": "weights",
+    "building": "whole weights while built",
     "masters": "fp32 masters",
     "moments": "moments of AdamW",
     "accumulated": "summed gradients",

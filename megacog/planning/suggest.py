@@ -13,7 +13,7 @@ from megacog.config.schema import Checkpointing, Config
 from megacog.errors import ConfigError
 from megacog.planning.cluster import GIB, Cluster
 from megacog.planning.memory import REDUCE_BUCKET
-from megacog.planning.plan import POLICIES, Plan, data_parallel, divisors, on_device, plan, plan_peak
+from megacog.planning.plan import POLICIES, Plan, data_parallel, divisors, least_bytes, on_device, plan, plan_peak
 
 Overrides = dict[str, Any]
 """Dotted key -> value."""
@@ -115,7 +115,7 @@ def _largest_that_fits(
     changed = on_device(_override(config, overrides), cluster.device)
     data_size = data_parallel(changed, cluster.world)
     per_rank, uneven = divmod(config.train.global_batch_size, data_size)
-    if uneven:
+    if uneven or least_bytes(changed, data_size, cluster.device.gpu) > cluster.usable_bytes:
         return None
     for size in reversed(divisors(per_rank)):
         if plan_peak(changed, data_size, policy, size, cluster.device.gpu) <= cluster.usable_bytes:

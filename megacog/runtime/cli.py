@@ -52,6 +52,8 @@ def explain(error: BaseException, who: str = "") -> int | None:
         who: Which of several processes this is, e.g. "rank 1 on node2: ".
     """
     if isinstance(error, MegacogError):
+        if error.told:
+            return error.exit_code
         _complain(f"error: {who}{error}")
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):

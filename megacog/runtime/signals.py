@@ -18,6 +18,7 @@ _SAME_INTERRUPT = 0.5
 """Seconds in which SIGINTs are one: Ctrl-C reaches a rank from the terminal, and from its launcher, too."""
 _INTERRUPT_SECONDS = 2.0
 """For the main thread to notice a second SIGINT; in a collective it cannot."""
+_LOOK_SECONDS = 0.05
 EXIT_INTERRUPTED = 130
 
 
@@ -49,6 +50,13 @@ class StopFlag:
         """
         if not self.requested:
             self.requested, self.signal_name = True, reason
+
+    def wait(self, seconds: float) -> bool:
+        """Whether a stop was asked for, or is within so many seconds; returns as soon as it is."""
+        end = time.monotonic() + seconds
+        while not self.requested and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)  # in pieces: a handler that returns does not cut a sleep short
+        return self.requested
 
     def __enter__(self) -> StopFlag:
         self._ended.clear()

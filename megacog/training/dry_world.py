@@ -31,6 +31,7 @@ from megacog.config.load import load_config
 from megacog.config.schema import Config
 from megacog.errors import ConfigError
 from megacog.model.transformer import CogVideo
+from megacog.parallel.fp8 import hold_in_fp8
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.planning.cluster import GIB
 from megacog.planning.memory import engine_state
@@ -84,8 +85,8 @@ def run_rank(config: Config, world: int, rank: int, steps: bool) -> RankReport:
         model = _fake_model(config, groups)
         ledger = Ledger(())
         with ledger:
-            for parameter in model.parameters():
-                ledger.enter(parameter)
+            for tensor in (*model.parameters(), *model.buffers()):
+                ledger.enter(tensor)
             accumulation = accumulation_steps(config, groups.data_size)
             engine = build_engine(config, model, groups, accumulation)
             fragments, shapes = _fragments(model), _trained(model)
@@ -108,6 +109,8 @@ def _fake_model(config: Config, groups: ProcessGroups) -> CogVideo:
         shared = (groups.tensor, train.activation_checkpointing, train.kernels, groups.sequence, train.deterministic)
         model = CogVideo(config.model, plus, *shared)
     model.trainable(train.stage)
+    if train.base_precision == "fp8":
+        hold_in_fp8(model.layers)
     return model
 
 

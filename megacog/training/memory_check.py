@@ -14,17 +14,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megacog.config.schema import Checkpointing, Config
+from megacog.config.schema import Checkpointing, Config, Stage
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.planning.main import positive
-from megacog.planning.plan import POLICIES, plan_peak
+from megacog.planning.plan import POLICIES, data_parallel, plan_peak
 from megacog.runtime.cli import run
 from megacog.training.pretrain import example_inputs
 from megacog.training.synthetic import random_engine
@@ -49,17 +49,21 @@ class Comparison:
         return self.planned / self.measured - 1
 
 
-def small_run(engine: str, policy: Checkpointing, world: int, layers: int = 8, micro_batch: int = 2) -> Config:
+def small_run(
+    engine: str, policy: Checkpointing, world: int, layers: int = 8, micro_batch: int = 2, stage: Stage = "sequential",
+    tensor: int = 1, sequence: int = 1,
+) -> Config:  # fmt: skip
     """A run of a small model: width 128, 8 x 8 codes per frame; `engine` as in ENGINES."""
     name, precision = engine.split("-")
     zero = int(name[-1]) if name != "torch" else 0
     model = {
         "num_layers": layers, "hidden_size": 128, "num_heads": 4, "grid": (8, 8), "text_length": 16,
-        "text_positions": 16, "image_vocab_size": 500, "text_vocab_size": 300, "boi_id": 3, "inherit": "none",
+        "text_positions": 16, "image_vocab_size": 500, "text_vocab_size": 300, "boi_id": 3,
+        "inherit": None if stage == "base" else "none",
     }  # fmt: skip
     train = {
-        "stage": "sequential", "run_dir": "none", "engine": "torch" if name == "torch" else "deepspeed",
-        "zero_stage": zero, "steps": 2, "global_batch_size": micro_batch * ACCUMULATION * world,
+        "stage": stage, "run_dir": "none", "engine": "torch" if name == "torch" else "deepspeed",
+        "zero_stage": zero, "steps": 2, "global_batch_size": micro_batch * ACCUMULATION * world // (tensor * sequence),
         "micro_batch_size": micro_batch, "precision": precision, "activation_checkpointing": policy,
     }  # fmt: skip
     # DeepSpeed's own buckets are for models a thousand times as large.
@@ -68,7 +72,10 @@ def small_run(engine: str, policy: Checkpointing, world: int, layers: int = 8, m
         zero_settings |= {"stage3_param_persistence_threshold": 0}
     extra = {} if name == "torch" else {"zero_optimization": zero_settings}
     tokenizer = {"text": "none", "frames": "none"}
-    return Config.model_validate({"model": model, "tokenizer": tokenizer, "train": train, "deepspeed": extra})
+    parallel = {"tensor": tensor, "sequence": sequence}
+    return Config.model_validate(
+        {"model": model, "tokenizer": tokenizer, "train": train, "deepspeed": extra, "parallel": parallel}
+    )
 
 
 def measure_peak(config: Config, groups: ProcessGroups) -> int:
@@ -116,11 +123,12 @@ def _peak_within(recorded: profile, mark: str) -> int:
     return peak
 
 
-def compare(engine: str, policy: Checkpointing, **size: int) -> Comparison:
+def compare(engine: str, policy: Checkpointing, stage: Stage, tensor: int, sequence: int) -> Comparison:
     """Plan and measurement of one small run on the ranks of this world. Collective."""
-    config = small_run(engine, policy, dist.get_world_size(), **size)
-    planned = plan_peak(config, dist.get_world_size(), policy, config.train.micro_batch_size, gpu=False)
-    return Comparison(planned, measure_peak(config, build_process_groups(1)))
+    world = dist.get_world_size()
+    config = small_run(engine, policy, world, stage=stage, tensor=tensor, sequence=sequence)
+    planned = plan_peak(config, data_parallel(config, world), policy, config.train.micro_batch_size, gpu=False)
+    return Comparison(planned, measure_peak(config, build_process_groups(tensor, sequence)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2], help="world sizes")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--stage", choices=get_args(Stage), default="sequential")
+    parser.add_argument("--tensor", type=positive, default=1, help="ranks that share a model")
+    parser.add_argument("--sequence", type=positive, default=1, help="ranks that share a sample")
     arguments = parser.parse_args(argv)
     if "RANK" not in os.environ:
         return max(_start_ranks(arguments, ranks) for ranks in arguments.ranks)
@@ -137,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     accepted = True
     for engine in arguments.engines:
         for policy in arguments.policies:
-            found = compare(engine, policy)
+            found = compare(engine, policy, arguments.stage, arguments.tensor, arguments.sequence)
             accepted &= abs(found.difference) <= ACCEPTED
             if dist.get_rank() == 0:
                 print(
@@ -154,7 +165,8 @@ def _start_ranks(arguments: argparse.Namespace, ranks: int) -> int:
         print("ranks  engine       policy     plan/MiB  measured  difference", flush=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command += ["-m", "megacog.training.memory_check", "--engines", *arguments.engines]
-    command += ["--policies", *arguments.policies]
+    command += ["--policies", *arguments.policies, "--stage", arguments.stage]
+    command += ["--tensor", str(arguments.tensor), "--sequence", str(arguments.sequence)]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "KINETO_LOG_LEVEL": "6"}
     return subprocess.run(command, env=environment, check=False).returncode
 

@@ -38,7 +38,7 @@ from megacog.metrics.throughput import Throughput
 from megacog.model.flops import tokens_per_sample, training_work
 from megacog.model.layout import stage_layout
 from megacog.model.transformer import CogVideo
-from megacog.parallel.fp8 import check_device, hold_in_fp8
+from megacog.parallel.fp8 import check_device, hold_in_fp8, why_not
 from megacog.parallel.groups import ProcessGroups, build_process_groups
 from megacog.parallel.tensor import materialize
 from megacog.planning.cluster import Cluster, Device
@@ -51,6 +51,7 @@ from megacog.runtime.hardware import available_cores, describe_device, device_na
 from megacog.runtime.heartbeat import Limits, Watch, beat
 from megacog.runtime.ranks import Ranks, discover, meeting, require_world
 from megacog.runtime.signals import StopFlag
+from megacog.runtime.told import told_by_rank_0
 from megacog.tokenizers.frames import FrameTokenizer, load_frame_tokenizer
 from megacog.tokenizers.text import TextTokenizer
 from megacog.training.checkpoints import Checkpoints
@@ -98,9 +99,10 @@ def main(argv: Sequence[str] | None = None, stop: StopFlag | None = None) -> int
     logs.setup(ranks.rank)
     log.info("%s", ranks)
     faults.arm(ranks.rank)
-    config = load_config(arguments.config, arguments.overrides)
-    require_world(ranks, config.cluster)
-    check_plan(config, ranks)
+    with told_by_rank_0(ranks, stop):
+        config = load_config(arguments.config, arguments.overrides)
+        require_world(ranks, config.cluster)
+        check_plan(config, ranks)
     with watch(config, ranks) as watched:
         device = start_processes(config, ranks)
         try:
@@ -142,16 +144,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_plan(config: Config, ranks: Ranks) -> None:
-    """Refuse a run that does not divide over its ranks or cannot fit on its GPUs, while there is nothing yet.
+    """Refuse a run that does not divide over its ranks or that its GPUs cannot do, while there is nothing yet.
 
     Raises:
-        ConfigError: On every rank; on rank 0 with the planner's numbers.
+        ConfigError: On every rank; on rank 0 with the planner's numbers and, if it does not fit, what would.
     """
     device = rank_device(ranks)
     try:
         accumulation_steps(config, data_parallel(config, ranks.world_size))
         if device.type == "cuda":
-            require_memory(config, this_cluster(ranks, device))
+            require_memory(config, this_cluster(ranks, device), suggest=ranks.rank == 0)
     except ConfigError:
         if ranks.rank == 0:
             raise
@@ -271,7 +273,7 @@ def this_cluster(ranks: Ranks, device: torch.device) -> Cluster:
     """The GPUs that the run has; speeds of links do not matter here."""
     memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
     nodes = max(1, ranks.world_size // ranks.local_world_size)
-    gpu = Device(device_name(), memory_gib, triton=dispatch.serves(device))
+    gpu = Device(device_name(), memory_gib, triton=dispatch.serves(device), no_fp8=why_not(device))
     return Cluster(gpu, ranks.world_size // nodes, nodes)
 
 

@@ -77,6 +77,16 @@ def test_every_launcher_gives_the_same_run(inputs: Path, tmp_path: Path) -> None
         assert (tmp_path / name / "samples/step-0000008/contact_sheet.png").is_file()
 
 
+@pytest.mark.parametrize("wrong", ["train.global_batch_size=3", "train.no_such_key=1"])
+def test_what_all_ranks_find_wrong_is_told_once(inputs: Path, tmp_path: Path, wrong: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "launch/pretrain.py", "--config", str(config_of(inputs, tmp_path / "run")), wrong]  # fmt: skip
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=python_environment(), capture_output=True, text=True, timeout=250)
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr
+    assert time.monotonic() - started < 100, "the other rank is ended by the launcher"
+
+
 def test_training_needs_no_compiler(inputs: Path, tmp_path: Path) -> None:
     config = config_of(inputs, tmp_path / "run", engine="deepspeed", zero_stage=1, steps=1, precision="bf16")
     empty = tmp_path / "bin"

@@ -272,18 +272,23 @@ def test_asking_for_triton_where_it_cannot_run_is_refused(monkeypatch: pytest.Mo
         model(*batch(model.config, 5), "sequential")
 
 
-def test_triton_and_reference_give_the_same_loss_gradients_and_decoding() -> None:
+@pytest.mark.parametrize(("stage", "known", "policy"), [
+    ("interpolation", (0, 2, 4), "none"), ("sequential", (0,), "selective"),
+])  # fmt: skip
+def test_triton_and_reference_give_the_same_loss_gradients_and_decoding(
+    stage: Stage, known: tuple[int, ...], policy: Checkpointing
+) -> None:
     config = model_config(hidden_size=32, num_heads=2)
-    models = [build_model(config, kernels=kernels) for kernels in ("reference", "triton")]
+    models = [build_model(config, kernels=kernels, checkpointing=policy) for kernels in ("reference", "triton")]
     text, valid, codes = batch(config, 5)
     results = []
     for model in models:
-        model.trainable("interpolation")
-        loss = model(text, valid, codes, "interpolation").loss
+        model.trainable(stage)
+        loss = model(text, valid, codes, stage).loss
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        decoder = Decoder(model.eval(), "interpolation", text, valid)
-        decoder.give({frame: codes[:, frame] for frame in (0, 2, 4)})
+        decoder = Decoder(model.eval(), stage, text, valid)
+        decoder.give({frame: codes[:, frame] for frame in known})
         first = model.config.cells
         logits = [decoder.step(torch.tensor([first + cell]), codes[:, 1, :1]) for cell in (0, 1)]
         results.append((loss.detach(), gradients, logits))

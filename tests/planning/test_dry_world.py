@@ -25,12 +25,12 @@ RUN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("zero", [1, 2])
-def test_a_small_world_covers_every_parameter_and_is_as_large_as_planned(tmp_path: Path, zero: int) -> None:
+@pytest.mark.parametrize(("zero", "base"), [(1, "null"), (2, "null"), (2, "fp8")])
+def test_a_small_world_covers_every_parameter_and_is_as_large_as_planned(tmp_path: Path, zero: int, base: str) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
     command = ["launch/prove.py", "world", "--config", str(tmp_path / "run.yaml"), "--nodes", "2", "--gpus", "2"]
     done = subprocess.run(
-        [sys.executable, *command, "--steps", "3", f"train.zero_stage={zero}"],
+        [sys.executable, *command, "--steps", "3", f"train.zero_stage={zero}", f"train.base_precision={base}"],
         cwd=ROOT, env=python_environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

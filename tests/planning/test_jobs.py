@@ -137,7 +137,12 @@ def test_a_run_that_does_not_divide_or_fit_is_not_queued() -> None:
 
 def test_a_run_that_fits_or_whose_memory_is_not_known_is_queued(capsys: pytest.CaptureFixture[str]) -> None:
     shown(capsys, "cluster.gpu_memory_gib=4")
-    shown(capsys, "train.micro_batch_size=512", "train.global_batch_size=53248")
+    command = ["--config", str(ROOT / "configs/digits.yaml"), "--dry-run", *CLUSTER]
+    large = ["train.micro_batch_size=512", "train.global_batch_size=53248"]
+    assert main(TEMPLATES, [*command, *large]) == 0
+    assert capsys.readouterr().err == "memory is not checked: set cluster.gpu_memory_gib\n"
+    assert main(TEMPLATES, [*command, "cluster.gpus_per_node=0"]) == 0
+    assert capsys.readouterr().err == "", "ranks on CPUs are not planned"
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=12), max_size=4))

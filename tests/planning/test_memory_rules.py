@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 from run_ranks import ROOT, python_environment
 
-from megacog.config.schema import Checkpointing
+from megacog.config.schema import Checkpointing, Stage
 from megacog.parallel.groups import ProcessGroups
 from megacog.planning.memory import Elements, State, engine_state
 from megacog.planning.plan import plan_peak
@@ -19,18 +20,32 @@ T, F = 1_000_000, 3_000_000
 ELEMENTS = Elements(trained=T, frozen=F, largest=10_000, weight_bytes=2, frozen_bytes=2 * F)
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_the_plan_is_within_5_percent_of_what_the_plain_engine_allocates(policy: Checkpointing) -> None:
-    config = small_run("torch-bf16", policy, 1, layers=6)
+@pytest.mark.parametrize(
+    ("policy", "stage"),
+    [("none", "sequential"), ("selective", "sequential"), ("full", "sequential"), ("none", "base"),
+     ("selective", "interpolation")],
+)  # fmt: skip
+def test_the_plan_is_within_5_percent_of_what_the_plain_engine_allocates(policy: Checkpointing, stage: Stage) -> None:
+    config = small_run("torch-bf16", policy, 1, layers=6, stage=stage)
     planned = plan_peak(config, 1, policy, config.train.micro_batch_size, gpu=False)
     measured = measure_peak(config, ProcessGroups())
     assert planned == pytest.approx(measured, rel=ACCEPTED)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["zero1-bf16", pytest.param("zero2-bf16", marks=pytest.mark.slow)])
-def test_the_plan_is_within_5_percent_of_what_deepspeed_allocates_on_two_ranks(engine: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("zero1-bf16", ""),
+        pytest.param("zero2-bf16", "", marks=pytest.mark.slow),
+        pytest.param("zero3-bf16", "", marks=pytest.mark.slow),
+        pytest.param("zero1-bf16", "--tensor 2", marks=pytest.mark.slow),
+        pytest.param("zero2-bf16", "--sequence 2", marks=pytest.mark.slow),
+    ],
+)
+def test_the_plan_is_within_5_percent_of_what_deepspeed_allocates_on_two_ranks(engine: str, options: str) -> None:
     command = ["launch/plan.py", "check", "--ranks", "2", "--engines", engine, "--policies", "selective"]
+    command += options.split()
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=python_environment(), capture_output=True, text=True, timeout=240
     )
@@ -55,6 +70,13 @@ def test_zero_2_cuts_gradients_and_zero_3_weights() -> None:
     one, two, three = (state(f"zero{stage}-bf16", 8) for stage in (1, 2, 3))
     assert two.accumulated == one.accumulated / 8 and two.gradients == 0
     assert one.weights == two.weights == 8 * three.weights == 2 * (T + F)
+
+
+def test_zero_3_holds_the_whole_model_while_it_is_built() -> None:
+    three, two = state("zero3-bf16", 1000), state("zero2-bf16", 1000)
+    assert three.building == 2 * (T + F) and two.building == 0
+    alone = dataclasses.replace(State(), weights=three.weights, building=three.building)
+    assert alone.peak(Pass(), 0).name == "while the model is built" and alone.peak(Pass(), 0).bytes == 2 * (T + F)
 
 
 def test_sums_in_bf16_take_zero_1_to_another_optimizer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_ranks import ROOT, python_environment
 
 from megacog.config.load import load_config
-from megacog.config.schema import Config
+from megacog.config.schema import Config, PlusStage
 from megacog.errors import ConfigError
-from megacog.planning.cluster import GIB, Assumptions, Cluster, Device, find_device
+from megacog.model.transformer import CogVideo
+from megacog.planning import suggest
+from megacog.planning.cluster import GIB, Assumptions, Cluster, Device, find_device, reported_gib
 from megacog.planning.main import main
 from megacog.planning.plan import Plan, plan
 from megacog.planning.report import refusal
@@ -50,6 +54,55 @@ def test_every_configuration_is_loaded_and_planned(path: Path) -> None:
     assert found.trained > 0 and found.world == 1
     assert found.tokens_per_second and found.tokens_per_second > 0
     assert found.fits, "as they are, on one card of the usual kind"
+
+
+def header(path: Path) -> str:
+    """The comment at the top of a configuration, as one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return " ".join(line.lstrip("# ") for line in lines)
+
+
+def later_stages() -> list[Any]:
+    """Every stage that a header says how to train after the file's own, with its words."""
+    found = []
+    for path in CONFIGS:
+        for command in re.findall(r"train\.stage=\w+(?: [\w.]+=[^\s,;]+)*", header(path)):
+            words = command.split()
+            # Layers and samples are those of the stage beside it, but for the large grid.
+            marks = [] if "32x32" in path.stem else [pytest.mark.slow]
+            found.append(pytest.param(path, words, marks=marks, id=f"{path.stem}-{words[0].partition('=')[2]}"))
+    return found
+
+
+def test_headers_name_all_stages_that_can_be_trained() -> None:
+    assert [case.id for case in later_stages()] == [
+        "cogvideo-1.3b-16x32x32-sequential", "cogvideo-1.3b-sequential", "cogvideo-1.3b-interpolation",
+        "cogvideo-125m-sequential", "cogvideo-125m-interpolation", "cogvideo-350m-sequential",
+        "cogvideo-350m-interpolation", "cogvideo-9b-single-48gb-interpolation", "cogvideo-9b-interpolation",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "words"), later_stages())
+def test_every_stage_that_a_header_names_is_loaded_and_planned(path: Path, words: list[str]) -> None:
+    config = load_config(path, words)
+    assert plan(config, Cluster(find_device("H100", 80, "bf16"), 1, 1), (), suggest=False).fits
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_headers_count_the_parameters_of_base_and_sets(path: Path) -> None:
+    said = re.search(r"([\d.,]+)( billion| million)? parameters", header(path))
+    if said is None:
+        pytest.skip("counts nothing in sum")
+    model = load_config(path).model
+    stages: tuple[PlusStage, ...] = ("sequential", "interpolation") if model.num_frames % 2 else ("sequential",)
+    with torch.device("meta"):
+        built = CogVideo(model.model_copy(update={"boi_id": 0, "inherit": None}), stages)
+    total = sum(parameter.numel() for parameter in built.parameters())
+    if said[2] is None:
+        assert total == int(said[1].replace(",", ""))
+    else:
+        digits = len(said[1].partition(".")[2])
+        assert round(total / {" billion": 1e9, " million": 1e6}[said[2]], digits) == float(said[1])
 
 
 def test_counts_of_the_9b_are_those_of_the_release(on_one_h200: Plan) -> None:
@@ -156,6 +209,59 @@ def test_what_is_suggested_takes_larger_micro_batches_too(nine: Config) -> None:
     assert any(line.startswith("train.zero_stage=2 train.micro_batch_size=2 ") for line in found.suggestions)
 
 
+def test_zero_3_must_hold_the_whole_model_while_it_is_built(nine: Config) -> None:
+    """Its steps take 10.6 GiB on 8 ranks; the model that each rank builds and then cuts, 14.4."""
+    three = changed(nine, zero_stage=3, activation_checkpointing="full", micro_batch_size=1)
+    small, enough = (plan(three, cluster(gpus=8, memory=memory), (), suggest=False) for memory in (16, 17))
+    assert not small.fits and enough.fits
+    assert small.policies["full"].peak_when == "while the model is built"
+    assert small.peak == pytest.approx(14.38 * GIB, rel=1e-3) and small.policies["full"].largest_micro_batch == 0
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Config:
+    (tmp_path / "run.yaml").write_text(SMALL)
+    return load_config(tmp_path / "run.yaml")
+
+
+def test_a_hopeless_run_is_refused_without_passes_of_what_cannot_fit(
+    small: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suggest, "plan_peak", lambda *_: pytest.fail("made a pass"))
+    tiny = cluster(gpus=8, memory=1)
+    found = plan(small, tiny, ())
+    assert found.usable == 0 and found.suggestions == []
+    assert "tensors may take 0.0 GiB" in refusal(found, small, gpu=True)
+
+
+def test_of_many_ranks_one_looks_for_what_fits(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Config] = []
+    monkeypatch.setattr(suggest, "suggestions", lambda config, _: asked.append(config) or iter(()))
+    for one in (False, True):
+        with pytest.raises(ConfigError, match="the run needs"):
+            require_memory(small, cluster(gpus=8, memory=1), suggest=one)
+        assert len(asked) == one
+
+
+@pytest.mark.parametrize(
+    ("name", "sold", "reported"), [("L40S", 48, 44.42), ("A100", 80, 79.15), ("H200", 141, 139.8), (None, 80, 79.1)]
+)
+def test_a_nominal_size_is_what_such_a_device_reports(name: str | None, sold: float, reported: float) -> None:
+    assert find_device(name, sold, "bf16").memory_gib == reported
+    assert find_device("A100", 32, "bf16").memory_gib == 32, "any other size is taken as it is"
+    assert (reported_gib(48), reported_gib(77)) == (44.42, 77), "of devices without a name, the smallest"
+
+
+def test_a_checkpoint_is_as_large_for_any_number_of_tensor_parallel_ranks(small: Config) -> None:
+    alone, shared = (
+        plan(small.model_copy(update={"parallel": small.parallel.model_copy(update={"tensor": tensor})}),
+             cluster(gpus=2), (), suggest=False)
+        for tensor in (1, 2)
+    )  # fmt: skip
+    assert shared.trained < alone.trained
+    assert (shared.checkpoint, shared.frozen_checkpoint) == (alone.checkpoint, alone.frozen_checkpoint)
+
+
 def test_a_refusals_numbers_add_up(nine: Config) -> None:
     found = plan(changed(nine, zero_stage=1, micro_batch_size=1, activation_checkpointing="full"), cluster(memory=48))
     message = refusal(found, nine, gpu=True)
@@ -210,6 +316,22 @@ def test_the_command_prints_json_and_a_weak_scaling_table(capsys: pytest.Capture
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows] == ["GPUs", "8", "16", "64"]
     assert rows[1][-2:] == ["100.0", "%"]
+    assert main([*arguments, "--weak-scaling", "8,16", "--json"]) == 0
+    assert [each["world"] for each in json.loads(capsys.readouterr().out)] == [8, 16]
+
+
+@pytest.mark.parametrize("sizes", ["8,a", "8,", "0"])
+def test_sizes_that_are_no_numbers_are_told(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--config", str(CONFIGS[0]), "--gpus", "8x80", "--weak-scaling", sizes])
+    assert "--weak-scaling: '" in (said := capsys.readouterr().err) and "is no whole number above 0" in said
+
+
+def test_bad_sizes_of_gpus_are_told_before_torch_is_loaded() -> None:
+    blocked = "import sys; sys.modules['torch'] = None; from megacog.commands import plan; plan()"
+    command = [sys.executable, "-c", blocked, "--config", str(CONFIGS[0]), "--gpus", "8*80"]
+    done = subprocess.run(command, cwd=ROOT, env=python_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75 and done.stderr.startswith("error: --gpus 8*80: expected"), done.stderr
 
 
 @pytest.mark.parametrize(

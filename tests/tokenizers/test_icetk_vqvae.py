@@ -132,6 +132,9 @@ def test_the_three_rates_use_every_tensor_of_the_release_and_no_other() -> None:
             used[name] = tensor
     # The moving averages serve the training of the codebook only.
     assert released.keys() - used.keys() == {"quantize.cluster_size", "quantize.embed_avg"}
+    codebook = used["quantize.embed.weight"]
+    averages = len(codebook) + codebook.numel()
+    assert sum(tensor.numel() for tensor in used.values()) + averages == 102_579_497
 
 
 @pytest.mark.parametrize(("rate", "count"), [(4, 50_418_819), (8, 51_452_163), (16, 53_537_155)])

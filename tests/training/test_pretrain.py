@@ -325,3 +325,18 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_before_there_is_a_proces
         pretrain.check_plan(config, three)
     with pytest.raises(ConfigError, match="^the run does not divide or does not fit: see the message of rank 0$"):
         pretrain.check_plan(config, dataclasses.replace(three, rank=2))
+
+
+def test_a_base_in_fp8_is_refused_before_ranks_join_on_a_gpu_that_cannot_multiply_it(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch_settings(inputs, tmp_path / "run", "sequential", precision="bf16", base_precision="fp8")
+    values["model"]["inherit"] = "none"
+    config = load_config(write_config(tmp_path / "config.yaml", values))
+    monkeypatch.setattr(pretrain, "rank_device", lambda ranks: torch.device("cuda", 0))
+    monkeypatch.setattr(pretrain, "device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ConfigError, match="base_precision fp8 needs compute capability 8.9 .*; NVIDIA A100 has 8.0; "):
+        pretrain.check_plan(config, discover())

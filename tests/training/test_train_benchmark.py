@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_a_case_that_fails_says_why_and_does_not_stop_the_others(
 
 def test_goals_are_judged_by_what_was_measured() -> None:
     rows = [
-        Row(MEASURED.case, MEASURED, planned_bytes=105 * 2**30),
+        Row(MEASURED.case, MEASURED, planned_bytes=105 * 2**30, planned_seconds=0.8),
         Row(Case("sequential", 24, "selective"), None, "OutOfMemoryError"),
         Row(Case("sequential", 8, fp8=True), replace(MEASURED, tokens_per_second=17_000.0)),
     ]
@@ -65,14 +66,31 @@ def test_goals_are_judged_by_what_was_measured() -> None:
         "sequential, micro batch 8: GiB": "reached",
         "sequential, micro batch 24, selective: GiB": "MISSED",
         "planned memory off the measured, worst case": "reached",
+        "predicted step time off the measured, worst case": "MISSED",  # 0.8 s for 1 s
         "head and loss: share of device time": "reached",
         "fp8 base / bf16: tokens/s": "MISSED",  # 1.06
         "tokens/s / the original's 470 per GPU": "reached",  # 34
     }
-    faster = [Row(MEASURED.case, replace(MEASURED, seconds=0.9), planned_bytes=90 * 2**30)]
-    assert str(goals(faster, 770.0)[4]).endswith("MISSED")
-    assert str(goals(faster, 770.0)[0]).endswith("reached")
-    assert "480" in line(rows[0], 770.0) and "0.623" in line(rows[0], 770.0)
+    faster = [Row(MEASURED.case, replace(MEASURED, seconds=0.9), planned_bytes=90 * 2**30, planned_seconds=1.0)]
+    share, *_, memory, seconds, _, _, _ = map(str, goals(faster, 770.0))
+    assert memory.endswith("MISSED") and seconds.endswith("reached")
+    assert share.endswith("goal >= 0.63  reached, then >= 0.75  MISSED")
+    assert "480" in line(rows[0], 770.0) and "0.623" in line(rows[0], 770.0) and " 0.800 " in line(rows[0], 770.0)
+
+
+def test_steps_are_predicted_for_devices_that_the_planner_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = case_config(benchmark.CPU_CONFIG, Case("sequential", 2), ("train.precision=bf16", *TINY))
+    card = SimpleNamespace(total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    predicted = {}
+    for name in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "Some GPU"):
+        monkeypatch.setattr(benchmark, "device_name", lambda name=name: name)
+        predicted[name] = benchmark.predict_seconds(config, torch.device("cuda"))
+    assert predicted["Some GPU"] is None and benchmark.predict_seconds(config, torch.device("cpu")) is None
+    assert predicted["NVIDIA H200"] and predicted["NVIDIA A100-SXM4-80GB"]
+    assert 0 < predicted["NVIDIA H200"] < predicted["NVIDIA A100-SXM4-80GB"]
+    row = Row(MEASURED.case, MEASURED, planned_seconds=predicted["NVIDIA H200"])
+    assert benchmark.as_json(row)["planned_seconds"] == predicted["NVIDIA H200"]
 
 
 def test_random_weights_are_the_same_for_the_same_name_and_start_the_set_from_the_base() -> None:
