@@ -10,7 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -121,7 +121,7 @@ def test_save_and_stop_files_and_max_minutes_act_on_a_running_job(runs: Runs, tm
     values = settings(runs.folder / "inputs", run_dir, "base", engine="torch", steps=100_000, eval_every=0)
     config = write_config(tmp_path / "run.yaml", values | {"checkpoint": {"every": 0}})
 
-    def start(codes: list[int], *overrides: str) -> ForkedRanks:
+    def start(codes: list[int], *overrides: str) -> AbstractContextManager[ForkedRanks]:
         return ending(ForkedRanks(["--config", str(config), *overrides], 2, log), log, codes)
 
     with start([85, 85]) as ranks:
