@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from uninitialized import filled_with_nan
 
 from megacog_kernels import dispatch
 from megacog_kernels.cross_entropy import LinearLogSumExp, calls, linear_logsumexp, reference
@@ -121,6 +122,14 @@ def test_row_kernels_fill_their_outputs_whatever_stands_between_rows(V: int, dty
     torch.testing.assert_close(outputs, wanted_outputs, rtol=1e-6, atol=1e-6)
     calls.differentiate_call(logits, targets, outputs[0], *grads, tile=32).run()
     torch.testing.assert_close(logits, wanted)
+
+
+@pytest.mark.parametrize("V", [21, 62])
+def test_matrix_products_may_read_what_stands_beside_rows(V: int) -> None:
+    """As oneDNN does on CPUs with bf16 arithmetic, where V is no multiple of four."""
+    case = make_case(64, V, 32, torch.bfloat16)
+    with filled_with_nan():
+        check(case, "reference", chunk_bytes=2 * 64 * 40)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

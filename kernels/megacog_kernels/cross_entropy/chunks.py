@@ -46,6 +46,7 @@ def _chunks(hidden_XC: Tensor, weight_VC: Tensor, rows: int) -> Iterator[tuple[s
     """Rows of a chunk and their logits, which the next chunk overwrites."""
     X, V = hidden_XC.shape[0], weight_VC.shape[0]
     buffer = hidden_XC.new_empty(min(rows, X), row_stride(V))
+    buffer[:, V:] = 0.0  # which oneDNN reads beside bf16 rows on CPUs that multiply them: 0 times NaN would be NaN
     for first in range(0, X, rows):
         chunk = slice(first, min(first + rows, X))
         logits = buffer[: chunk.stop - first, :V]
