@@ -113,11 +113,11 @@ def _peak_within(recorded: profile, mark: str) -> int:
     for when, place, size in sorted(changes):
         if when > region.end_time_ns:
             break
+        # What gloo's threads release is not recorded: it shows when the place is given out again.
+        total -= living.pop(place, 0)
         if size > 0:
             living[place] = size
             total += size
-        else:
-            total -= living.pop(place, 0)
         if when >= region.start_time_ns:
             peak = max(peak, total)
     return peak

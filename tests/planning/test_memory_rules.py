@@ -33,19 +33,9 @@ def test_the_plan_is_within_5_percent_of_what_the_plain_engine_allocates(policy:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("engine", "options"),
-    [
-        ("zero1-bf16", ""),
-        pytest.param("zero2-bf16", "", marks=pytest.mark.slow),
-        pytest.param("zero3-bf16", "", marks=pytest.mark.slow),
-        pytest.param("zero1-bf16", "--tensor 2", marks=pytest.mark.slow),
-        pytest.param("zero2-bf16", "--sequence 2", marks=pytest.mark.slow),
-    ],
-)
-def test_the_plan_is_within_5_percent_of_what_deepspeed_allocates_on_two_ranks(engine: str, options: str) -> None:
+@pytest.mark.parametrize("engine", ["zero1-bf16", pytest.param("zero2-bf16", marks=pytest.mark.slow)])
+def test_the_plan_is_within_5_percent_of_what_deepspeed_allocates_on_two_ranks(engine: str) -> None:
     command = ["launch/plan.py", "check", "--ranks", "2", "--engines", engine, "--policies", "selective"]
-    command += options.split()
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=python_environment(), capture_output=True, text=True, timeout=240
     )
