@@ -208,6 +208,7 @@ def test_every_option_named_in_the_text_exists() -> None:
     texts += [help_text("convert.py", name) for name in (*weights, "import-icetk-text", "import-icetk-frames")]
     texts += [help_text("prove.py", name) for name in re.findall(r"\{([\w,]+)\}", help_text("prove.py"))[0].split(",")]
     tools = (ROOT / "kernels" / "benchmarks").glob("*.py")
+    tools = (*tools, ROOT / "megacog" / "training" / "fault_times.py")
     texts += [path.read_text(encoding="utf-8") for path in tools]
     foreign = ["--num_accelerators", "--gpus-per-node", "--logdir"]  # of deepspeed, srun and tensorboard
     foreign += ["--shutdown-timeout", "--signals-to-handle", "--signal", "-TERM", "-f"]  # of torchrun, scancel, pkill
