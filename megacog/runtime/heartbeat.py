@@ -95,7 +95,8 @@ class Watch:
         os.ftruncate(record, RECORD.size)
         self._memory = mmap.mmap(record, RECORD.size)
         self._stack_file = os.fdopen(stack, "ab", buffering=0)
-        faulthandler.register(signal.SIGUSR2, self._stack_file, all_threads=True)
+        # Not of all threads: a signal comes while others run, and to read their stacks then can end in a SIGSEGV.
+        faulthandler.register(signal.SIGUSR2, self._stack_file, all_threads=False)
         self.beat("start", 0)
         self._channel, theirs = socket.socketpair()
         arguments = [self.ranks.rank, theirs.fileno(), record, stack, self.limits.lost, *launchers(self.ranks.source)]
@@ -235,6 +236,8 @@ class Watch:
         if "address" in message or "joined" in message:
             self._answer = message
             self._answered.set()
+        elif "stack" in message:
+            faulthandler.dump_traceback(self._stack_file, all_threads=True)
         elif "end" in message:
             if self._failing and message["own_error"]:
                 self._own_error.set()

@@ -92,7 +92,7 @@ class Watcher:
         rank: Of the process that started this one.
         channel: To that process.
         record: Its beats, shared memory of RECORD.size bytes.
-        stack: File descriptor to which faulthandler writes that process's stack when SIGUSR2 comes.
+        stack: File descriptor to which faulthandler writes that process's stacks, asked by the channel or by SIGUSR2.
         launchers: Processes without which the rank shall save and leave, e.g. the one that has started it.
         lost_seconds: Silence after which a watcher is lost.
     """
@@ -317,21 +317,31 @@ class Watcher:
             self._launchers.clear()
 
     def stack(self) -> str:
-        """What the rank is doing, by faulthandler; a stopped process has to run for it."""
+        """What the rank is doing, by faulthandler; a stopped process has to run for it.
+
+        The thread that listens to this watcher is asked for it, since only who holds python's lock can read the stacks
+        of threads that run. Where none lets go of that lock, a signal shows the main thread's.
+        """
         before = os.fstat(self._stack).st_size
         if not self._rank_is_parent():
             return ""
-        stopped = _state(self.pid) == "T"
-        os.kill(self.pid, signal.SIGUSR2)
-        if stopped:
+        if _state(self.pid) == "T":
             os.kill(self.pid, signal.SIGCONT)
+        self._rank_line.send({"stack": True})
+        if not self._stack_grows(before):
+            os.kill(self.pid, signal.SIGUSR2)
+            self._stack_grows(before)
+        return _without_watch(os.pread(self._stack, _LONGEST_STACK, before).decode(errors="replace"))
+
+    def _stack_grows(self, before: int) -> bool:
+        """Wait until the file of stacks has grown and is whole; False when nothing came in time."""
         deadline, size = time.monotonic() + _STACK_SECONDS, before
         while time.monotonic() < deadline:
             time.sleep(0.05)
             size, last = os.fstat(self._stack).st_size, size
             if size > before and size == last:
                 break
-        return _without_watch(os.pread(self._stack, _LONGEST_STACK, before).decode(errors="replace"))
+        return size > before
 
     def _rank_is_parent(self) -> bool:
         """Whether the process id is still the rank's."""
@@ -377,7 +387,7 @@ class Watcher:
                 self._peers[rank].send({"stack": True})
         if self.rank in asked:
             self._stacks[self.rank] = self.stack()
-        deadline = time.monotonic() + 2 * _STACK_SECONDS
+        deadline = time.monotonic() + 3 * _STACK_SECONDS
         while asked - self._stacks.keys() and time.monotonic() < deadline:
             for key, _ in self._selector.select(0.1):
                 self._serve(key.data)

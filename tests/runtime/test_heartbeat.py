@@ -40,6 +40,7 @@ with Watch(Ranks(rank, world, rank, world, source), start, folder) as watch:
         time.sleep(0.01)
     watch.limits = Limits(step=LIMIT, start=LIMIT, slow=60.0, lost=LOST)
     beat("save", 7)
+    (folder / f"begun-{rank}").touch()
 BODY
 '''
 LOST = 5.0
@@ -71,7 +72,7 @@ def start(started: Processes, folder: Path, body: str, world: int = 1, limit: fl
                 command, env=python_environment(), stderr=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
             )
         )
-    wait_for(lambda: len(list(folder.glob("met-*"))) == world)
+    wait_for(lambda: len(list(folder.glob("begun-*"))) == world)
     return started
 
 
@@ -139,6 +140,32 @@ def test_a_stuck_process_is_named_with_its_stack_and_ends_with_code_1(started: P
     assert "in sit_here" in said and "_listen" not in said
     assert "sit_here" in (tmp_path / "heartbeat.log").read_text()
     assert json.loads((tmp_path / "heartbeat.json").read_text())["ranks"][0]["rank"] == 0
+
+
+def test_the_stacks_of_threads_that_run_are_read_without_harm(started: Processes, tmp_path: Path) -> None:
+    body = """
+        import faulthandler, threading
+        faulthandler.enable()  # a SIGSEGV then tells of itself
+
+        def go_deep(depth):
+            return [value + 1 for value in range(3)] if depth == 0 else go_deep(depth - 1)
+
+        def compute_on_and_on():
+            while True:
+                go_deep(200)  # python gives memory of stacks this deep back again and again
+
+        for _ in range(3):
+            threading.Thread(target=compute_on_and_on, daemon=True).start()
+        beat('forward', 7)
+        time.sleep(60)
+    """
+    (process,) = start(started, tmp_path, body, limit=4)
+    for _ in range(1000):
+        process.send_signal(signal.SIGUSR2)
+        time.sleep(0.0002)
+    code, said = end(process)
+    assert code == 1 and "Fatal" not in said
+    assert sum("in go_deep" in thread or "in compute_on" in thread for thread in said.split("\n\n")) == 3, said
 
 
 def test_a_process_that_never_lets_go_of_python_is_killed_and_its_stack_told(
