@@ -33,9 +33,17 @@ def test_the_plan_is_within_5_percent_of_what_the_plain_engine_allocates(policy:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["zero1-bf16", pytest.param("zero2-bf16", marks=pytest.mark.slow)])
-def test_the_plan_is_within_5_percent_of_what_deepspeed_allocates_on_two_ranks(engine: str) -> None:
-    command = ["launch/plan.py", "check", "--ranks", "2", "--engines", engine, "--policies", "selective"]
+@pytest.mark.parametrize(
+    ("engine", "layout"),
+    [("zero1-bf16", ()), *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [("zero2-bf16", ("--sequence", "2")), ("zero1-bf16", ("--tensor", "2")), ("zero3-bf16", ())]
+    )],
+)  # fmt: skip
+def test_the_plan_is_within_5_percent_of_what_deepspeed_allocates_on_two_ranks(
+    engine: str, layout: tuple[str, ...]
+) -> None:
+    command = ["launch/plan.py", "check", "--ranks", "2", "--engines", engine, "--policies", "selective", *layout]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=python_environment(), capture_output=True, text=True, timeout=240
     )
