@@ -35,6 +35,8 @@ def misbehave(video: str, settings: DecodeSettings) -> DecodedClip:
 def stall_at_five(video: str, settings: DecodeSettings) -> DecodedClip:
     """Decodes, but never returns from clip05; notes the process in the root folder first."""
     if "clip05" in video:
-        (Path(settings.root) / "stalled.pid").write_text(str(os.getpid()))
+        note = Path(settings.root) / "stalled.pid"
+        note.with_suffix(".new").write_text(str(os.getpid()))
+        note.with_suffix(".new").replace(note)  # whoever sees it may kill this process at once
         time.sleep(600)
     return decode_clip(video, settings)

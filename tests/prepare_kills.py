@@ -152,7 +152,7 @@ def _kill_once(corpus: Path, out: Path, rng: random.Random, record: Record) -> b
         return False
     victim, start = preparation.kill(rng), time.monotonic()
     code, said = preparation.wait(30)
-    preparation.wait_until_gone(10)
+    preparation.wait_until_gone(60)
     assert code != 0 or not partial.exists(), f"{victim} was killed, and the exit code is 0: {said}"
     for name, inode in finished.items():
         path = partial / name

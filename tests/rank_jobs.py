@@ -302,7 +302,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     results = {}
     for given in sys.argv[2:]:
         job, _, arguments = given.partition(":")

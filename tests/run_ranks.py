@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,8 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from megacog.runtime.ranks import discover
+from megacog.errors import EXIT_PREEMPTED
+from megacog.runtime.ranks import discover, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,7 +84,7 @@ class Ranks:
             codes = [process.poll() for process in self.processes]
             if None not in codes:
                 break
-            if any(codes):
+            if any(code not in (None, 0, EXIT_PREEMPTED) for code in codes):
                 deadline = min(deadline, time.monotonic() + 10)
             time.sleep(0.05)
         self.__exit__()
@@ -138,9 +138,3 @@ def python_environment() -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     return environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from run_ranks import free_port, python_environment
+from run_ranks import python_environment
+
+from megacog.runtime.ranks import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 _HOSTS = Path("/etc/hosts")

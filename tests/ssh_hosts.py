@@ -9,7 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from run_ranks import free_port, python_environment
+from run_ranks import python_environment
+
+from megacog.runtime.ranks import free_port
 
 HOSTS = ("127.0.0.2", "127.0.0.3")
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "pdsh")

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,15 +239,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from megacog.prepare.mpi import join
-    from megacog.prepare.run import run
 
     _require_stem(options.out)
-    job = join()
-    if job is None:
-        summary = run(options)
-    else:
-        with job.all_or_none():
-            summary = run(options, job)
+    job = join()  # before torch is imported, which takes seconds: until then a rank would outlive a killed mpirun
+    with nullcontext() if job is None else job.all_or_none():
+        from megacog.prepare.run import run
+
+        summary = run(options, job)
     if summary is not None:
         _show_summary(summary, options.json)
     return 0

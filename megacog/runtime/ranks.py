@@ -8,11 +8,12 @@ DeepSpeed would try MPI, also on a laptop that has none.
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from megacog.config.cluster import ClusterConfig
@@ -76,7 +77,7 @@ def discover(environ: MutableMapping[str, str] | None = None) -> Ranks:
             "Use srun, Open MPI's mpirun, torchrun or deepspeed, or export RANK, WORLD_SIZE and LOCAL_RANK."
         )
     else:
-        meeting = _meet(environ, "127.0.0.1", "this machine", _free_port(), "the free ones")
+        meeting = _meet(environ, "127.0.0.1", "this machine", free_port(), "the free ones")
         ranks = Ranks(0, 1, 0, 1, "single process", meeting)
     _check_range(ranks)
     environ["RANK"] = str(ranks.rank)
@@ -168,7 +169,7 @@ def _from_torch_variables(environ: MutableMapping[str, str]) -> Ranks:
             raise EnvError(
                 f"RANK={rank} of WORLD_SIZE={world_size} but {name} is not set: ranks cannot meet. Export it."
             )
-    meeting = _meet(environ, "127.0.0.1", "this machine", _free_port(), "the free ones")
+    meeting = _meet(environ, "127.0.0.1", "this machine", free_port(), "the free ones")
     local_size_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), None)
     if local_size_name is not None:
         local_world_size = _integer(environ, local_size_name)
@@ -309,7 +310,14 @@ def _port_for(name: str) -> int:
     return _FIRST_PORT + zlib.crc32(name.encode()) % _NUM_PORTS
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_port() -> int:
+    """A port where ranks of this machine can meet, below those that Linux hands out by itself: it stays free.
+
+    Raises:
+        EnvError: None was found.
+    """
+    for port in random.Random().sample(range(_FIRST_PORT, _FIRST_PORT + _NUM_PORTS), 100):  # training seeds the other
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise EnvError("no free port was found for the ranks to meet: export MASTER_PORT")

@@ -28,6 +28,7 @@ from megacog.config.load import load_config
 from megacog.metrics.record import FILE_NAME, read_records
 from megacog.runtime.cli import run
 from megacog.runtime.faults import KINDS, PHASES, VARIABLE
+from megacog.runtime.ranks import free_port
 from megacog.training import pretrain
 from megacog.training.soak_ranks import ForkedRanks
 
@@ -164,10 +165,7 @@ def run_forked_ranks(arguments: list[str], ranks: int, folder: Path, fault: str)
     Returns:
         Exit codes, when the last process of the run had ended (of the wall clock), and how many had to be killed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(ranks):
         process = os.fork()
         if process == 0:

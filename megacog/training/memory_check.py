@@ -98,7 +98,7 @@ _COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all_single", "broadcast", "reduce",
     "reduce_scatter_tensor",
 )  # fmt: skip
-_HANDS_OFF = 0.002
+_HANDS_OFF = 0.02
 """Seconds in which gloo's thread lets go of a collective that is done."""
 
 

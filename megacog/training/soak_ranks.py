@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import NoReturn
 from megacog.errors import EXIT_FAULT
 from megacog.runtime.cli import run
 from megacog.runtime.processes import die_with
+from megacog.runtime.ranks import free_port
 from megacog.training import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ class ForkedRanks(StartedRanks):
     def __init__(self, arguments: Sequence[str], ranks: int, log: Path) -> None:
         self._codes: dict[int, int | None] = {}
         self._mark = uuid.uuid4().hex
-        port = str(_free_port())
+        port = str(free_port())
         for rank in range(ranks):
             numbers = (str(rank), str(ranks), str(rank), str(ranks), "127.0.0.1", port)
             place = dict(zip(_RANK_VARIABLES, numbers, strict=True)) | {_MARK: self._mark}
@@ -119,7 +119,7 @@ class LaunchedRanks(StartedRanks):
 
     def __init__(self, launcher: str, arguments: Sequence[str], ranks: int, log: Path) -> None:
         self._mark = uuid.uuid4().hex
-        port, count = str(_free_port()), str(ranks)
+        port, count = str(free_port()), str(ranks)
         if launcher == "deepspeed":
             command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", count]
             command += ["--master_port", port]
@@ -187,12 +187,6 @@ def _be_rank(arguments: Sequence[str], environment: dict[str, str], log: Path) -
     os.dup2(descriptor, 2)
     sys.stdout = sys.stderr = open(descriptor, "w", buffering=1)  # whatever they were in the parent
     run(lambda: pretrain.main(list(arguments)), leave=os._exit)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _kill_all(processes: Callable[[], list[Process]]) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 from mpi_ranks import BIN, MPIRUN, mpi_environment
-from run_ranks import ROOT, free_port, python_environment
+from run_ranks import ROOT, python_environment
 from ssh_hosts import HOSTS, PROGRAMS, SshHosts
 from tiny_run import make_inputs, settings, write_config
 
 from megacog.checkpoint.export import open_export
 from megacog.metrics.record import read_records
+from megacog.runtime.ranks import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

@@ -209,7 +209,7 @@ def test_a_sick_node_is_left_out_of_a_job_with_spare_ones(
 def test_the_doctor_names_the_host_whose_rank_never_appears(cluster: SlurmCluster) -> None:
     doctor = f"{sys.executable} {ROOT}/launch/doctor.py --need-gib 0.1 --seconds 8 --json"
     task = f"[ $SLURM_NODEID = 1 ] || {doctor} || [ $? = 1 ]"
-    said = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "bash", "-c", task)
+    said = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "bash", "-c", task, timeout=240)
     first, second = cluster.nodes
     found = json.loads(said)
     assert found["sick"] == [second]
@@ -265,7 +265,7 @@ def test_a_preparation_on_two_nodes_survives_the_death_of_one_bytewise(
     run_dir, out = tmp_path / "prepare", tmp_path / "made/clips"
     words = prepare_words(videos, out)[1:]
     job = submit(cluster, config_of(inputs, run_dir), "--kind", "prepare", "--", *words)
-    cluster.wait_for("shards", lambda: list(out.parent.glob("clips.partial/*.h5")), 120)
+    cluster.wait_for("shards", lambda: list(out.parent.glob("clips.partial/clips-*.json")), 120)
     victim = cluster.nodes[1]
     assert any(name == "python" for _, name in cluster.processes(victim)), "a rank is there"
     cluster.kill_node(victim)
@@ -274,7 +274,7 @@ def test_a_preparation_on_two_nodes_survives_the_death_of_one_bytewise(
     cluster.start_node(victim)
     wait_for_state(cluster, job, "COMPLETED", run_dir, 240)
     said = output(run_dir)
-    assert said.count("2 ranks (openmpi) share the work") == 2 and "rows are done" in said, said
+    assert said.count("2 ranks (openmpi) share the work") >= 2 and "rows are done" in said, said
     assert made(out.parent) == prepare_alone(videos, tmp_path / "alone/clips")
 
 

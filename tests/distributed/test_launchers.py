@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from run_ranks import ROOT, Ranks, free_port, python_environment, run_jobs, run_ranks
+from run_ranks import ROOT, Ranks, python_environment, run_jobs, run_ranks
 from tiny_run import make_inputs, settings, write_config
 
 from megacog.checkpoint.discovery import list_checkpoints
 from megacog.checkpoint.export import open_export
 from megacog.metrics.record import read_records
+from megacog.runtime.ranks import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 PROMPT = "the digit 3 moves left"

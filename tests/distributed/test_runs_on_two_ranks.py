@@ -19,7 +19,7 @@ from megacog.checkpoint.records import RecordReader
 from megacog.metrics.record import read_records
 from megacog.training import pretrain
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 PROMPT = "the digit 3 moves left"
 ENGINES = {"torch": ("torch", 0, 1)} | {f"zero-{stage}": ("deepspeed", stage, 1) for stage in (0, 1, 2, 3)}
 ENGINES |= {"sequence": ("deepspeed", 2, 2)}
@@ -66,7 +66,7 @@ def make_runs(folder: Path) -> None:
         name = f"{engine}-bad"
         write_config(folder / f"{name}.yaml", values_of(folder, name, engine, busy=False, steps=12))
         (folder / f"{name}.bad.json").write_text(json.dumps(BAD_STEPS))
-    run_jobs(["pretrain_all"], 2, folder)
+    run_jobs(["pretrain_all"], 2, folder, timeout=480)
 
 
 def values_of(

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 from mpi_ranks import BIN, MPIRUN, mpi_environment
-from run_ranks import ROOT, free_port, python_environment
+from run_ranks import ROOT, python_environment
 from tiny_run import make_inputs, settings, write_config
 
 from megacog.checkpoint.discovery import list_checkpoints
 from megacog.metrics.record import read_records
+from megacog.runtime.ranks import free_port
 from megacog.training.soak_ranks import ForkedRanks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400)]

@@ -150,7 +150,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
 ) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_stall, args=(corpus, tmp_path / "clips"))
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     first = tmp_path / "clips.partial" / "clips-00000.json"
     while not (first.exists() and (corpus / "stalled.pid").exists()) and time.monotonic() < deadline:
         assert process.is_alive()
@@ -160,6 +160,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     process.join()
     stalled = int((corpus / "stalled.pid").read_text())
     (corpus / "stalled.pid").unlink()
+    deadline = time.monotonic() + 30
     while _alive(stalled) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _alive(stalled), "the decoder outlived its parent"
@@ -177,7 +178,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

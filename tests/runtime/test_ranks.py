@@ -38,7 +38,7 @@ def test_without_a_launcher_there_is_one_process_and_its_variables_are_set() -> 
     environ: dict[str, str] = {}
     assert discover(environ) == Ranks(0, 1, 0, 1, "single process")
     assert environ["MASTER_ADDR"] == "127.0.0.1"
-    assert 0 < int(environ["MASTER_PORT"]) < 65536
+    assert 20000 <= int(environ["MASTER_PORT"]) < 32000, "nothing that asks Linux for any port gets it meanwhile"
     assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_RANK"]) == ("0", "1", "0")
 
 
