@@ -69,9 +69,11 @@ class Preparation:
                 except OSError:  # gone meanwhile
                     continue
 
-    def kill(self, rng: random.Random) -> str:
-        """Kill one of its processes but a decoder, which costs only a clip, or all; returns which."""
+    def kill(self, rng: random.Random) -> str | None:
+        """Kill one of its processes but a decoder, which costs only a clip, or all; returns which, None if none was."""
         found = [(pid, kind) for pid, kind in self.processes() if kind in ("rank", "mpirun")]
+        if not found:
+            return None
         if rng.random() < 0.25:
             for pid, _ in found:
                 _kill(pid)
@@ -146,12 +148,11 @@ def _kill_once(corpus: Path, out: Path, rng: random.Random, record: Record) -> b
         assert time.monotonic() < deadline, preparation.wait(0)[1]
         time.sleep(0.005)
     time.sleep(rng.random() * 0.1)
-    if preparation.process.poll() is not None:
-        code, said = preparation.wait(0)
-        assert code == 0, said
-        return False
     victim, start = preparation.kill(rng), time.monotonic()
     code, said = preparation.wait(30)
+    if victim is None:
+        assert code == 0, said
+        return False
     preparation.wait_until_gone(60)
     assert code != 0 or not partial.exists(), f"{victim} was killed, and the exit code is 0: {said}"
     for name, inode in finished.items():

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,13 +29,14 @@ from megacog.runtime import outcome
 from megacog.runtime.log import get_logger
 from megacog.runtime.pauses import Pauses
 from megacog.runtime.ranks import Ranks
-from megacog.runtime.watcher import GRACE, RECORD, say
+from megacog.runtime.watcher import GRACE, RECORD_BYTES, STACK_END, pack_beat, say
 
 log = get_logger(__name__)
 
 _PACKAGES = Path(__file__).resolve().parents[2]
 """Where the watcher finds megacog."""
 _START_SECONDS = 60.0
+_FAREWELL_SECONDS = 5.0
 _LISTEN = 1.0
 """Seconds after which the thread that listens looks whether it has heard anything."""
 _LOST_PEERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL")
@@ -76,7 +78,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks, limits: Limits, folder: Path) -> None:
         self.ranks, self.limits, self.folder = ranks, limits, folder
-        self._memory = mmap.mmap(-1, RECORD.size)
+        self._memory = mmap.mmap(-1, RECORD_BYTES)
         self._count = 0
         self._step = 0
         self._phase = ""
@@ -92,8 +94,8 @@ class Watch:
         global _current
         record = os.memfd_create("heartbeat")
         stack = os.memfd_create("stack")
-        os.ftruncate(record, RECORD.size)
-        self._memory = mmap.mmap(record, RECORD.size)
+        os.ftruncate(record, RECORD_BYTES)
+        self._memory = mmap.mmap(record, RECORD_BYTES)
         self._stack_file = os.fdopen(stack, "ab", buffering=0)
         # Not of all threads: a signal comes while others run, and to read their stacks then can end in a SIGSEGV.
         faulthandler.register(signal.SIGUSR2, self._stack_file, all_threads=False)
@@ -124,6 +126,8 @@ class Watch:
         self._closed = True
         if error is None or self.ranks.world_size == 1:
             self._channel.shutdown(socket.SHUT_WR)  # the watcher ends; else it sees to it that this process does
+            with suppress(subprocess.TimeoutExpired):  # it may be writing a file of the run
+                self._watcher.wait(_FAREWELL_SECONDS)
         faulthandler.unregister(signal.SIGUSR2)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
@@ -172,9 +176,7 @@ class Watch:
         self._write(self.limits.slow if self._phase in SLOW_PHASES else self.limits.step)
 
     def _write(self, limit: float) -> None:
-        RECORD.pack_into(
-            self._memory, 0, self._count, self._step, time.monotonic(), limit, self._count, self._phase.encode()
-        )
+        self._memory[:] = pack_beat(self._count, self._step, time.monotonic(), limit, self._phase)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others of the error by which this rank ends.
@@ -238,6 +240,7 @@ class Watch:
             self._answered.set()
         elif "stack" in message:
             faulthandler.dump_traceback(self._stack_file, all_threads=True)
+            self._stack_file.write(STACK_END)
         elif "end" in message:
             if self._failing and message["own_error"]:
                 self._own_error.set()

@@ -21,6 +21,7 @@ import socket
 import struct
 import sys
 import time
+import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,12 @@ from megacog.runtime.hub import TICK, Beat, Hub, Verdict
 from megacog.runtime.hub_status import StatusFile
 from megacog.runtime.pauses import Pauses
 
-RECORD = struct.Struct("<QqddQ16s")
-"""count, step, monotonic time of the last progress, limit in seconds, count again, phase."""
+_BEAT = struct.Struct("<Qqdd16s")
+"""count, step, monotonic time of the last progress, limit in seconds, phase."""
+_CHECKSUM = struct.Struct("<L")
+RECORD_BYTES = _BEAT.size + _CHECKSUM.size
+STACK_END = b"(end of the stack)\n"
+"""After a stack that is not cut short."""
 GRACE = 3.0
 """Seconds that a rank has to end by itself, before it is killed."""
 _PATIENCE = 20.0
@@ -42,6 +47,12 @@ _CONNECT_SECONDS = 30.0
 _LONGEST_LINE = 1 << 17
 _LONGEST_STACK = 1 << 15
 _QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def pack_beat(count: int, step: int, moment: float, limit: float, phase: str) -> bytes:
+    """A beat with its checksum, RECORD_BYTES bytes: a reader notices when it is being written."""
+    beat = _BEAT.pack(count, step, moment, limit, phase.encode())
+    return beat + _CHECKSUM.pack(zlib.crc32(beat))
 
 
 class Line:
@@ -91,7 +102,7 @@ class Watcher:
     Args:
         rank: Of the process that started this one.
         channel: To that process.
-        record: Its beats, shared memory of RECORD.size bytes.
+        record: Its beat, shared memory of RECORD_BYTES bytes.
         stack: File descriptor to which faulthandler writes that process's stacks, asked by the channel or by SIGUSR2.
         launchers: Processes without which the rank shall save and leave, e.g. the one that has started it.
         lost_seconds: Silence after which a watcher is lost.
@@ -302,9 +313,11 @@ class Watcher:
 
     def _beat(self, now: float) -> Beat | None:
         """What the rank does; None while it is being written."""
-        count, step, moment, limit, check, phase = RECORD.unpack(self._record)
-        if count != check:
+        record = bytes(self._record)
+        beat = record[: _BEAT.size]
+        if record[_BEAT.size :] != _CHECKSUM.pack(zlib.crc32(beat)):
             return None
+        count, step, moment, limit, phase = _BEAT.unpack(beat)
         age = max(0.0, now - moment - self._pauses.since(moment))  # a suspended run is not stuck
         return Beat(count, step, phase.rstrip(b"\0").decode(), limit, age, _state(self.pid))
 
@@ -328,20 +341,26 @@ class Watcher:
         if _state(self.pid) == "T":
             os.kill(self.pid, signal.SIGCONT)
         self._rank_line.send({"stack": True})
-        if not self._stack_grows(before):
+        if not self._stack_comes(before, STACK_END):
             os.kill(self.pid, signal.SIGUSR2)
-            self._stack_grows(before)
-        return _without_watch(os.pread(self._stack, _LONGEST_STACK, before).decode(errors="replace"))
+            self._stack_comes(before)
+        text = os.pread(self._stack, _LONGEST_STACK, before).replace(STACK_END, b"")
+        return _without_watch(text.decode(errors="replace"))
 
-    def _stack_grows(self, before: int) -> bool:
-        """Wait until the file of stacks has grown and is whole; False when nothing came in time."""
+    def _stack_comes(self, before: int, end: bytes = b"") -> bool:
+        """Wait until a stack stands in the file, up to its end or, if that has no mark, until the file grows no more.
+
+        Returns:
+            Whether it has come in time.
+        """
         deadline, size = time.monotonic() + _STACK_SECONDS, before
         while time.monotonic() < deadline:
             time.sleep(0.05)
             size, last = os.fstat(self._stack).st_size, size
-            if size > before and size == last:
-                break
-        return size > before
+            last_bytes = os.pread(self._stack, len(end), max(before, size - len(end)))
+            if size > before and (last_bytes == end if end else size == last):
+                return True
+        return False
 
     def _rank_is_parent(self) -> bool:
         """Whether the process id is still the rank's."""
@@ -462,7 +481,7 @@ def main(argv: list[str]) -> None:
     for number in _QUIET:
         signal.signal(number, signal.SIG_IGN)
     rank, channel, record, stack = (int(word) for word in argv[:4])
-    memory = mmap.mmap(record, RECORD.size, prot=mmap.PROT_READ)
+    memory = mmap.mmap(record, RECORD_BYTES, prot=mmap.PROT_READ)
     watcher = Watcher(
         rank, socket.socket(fileno=channel), memoryview(memory), stack, [int(word) for word in argv[5:]],
         float(argv[4]),

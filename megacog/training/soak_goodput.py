@@ -48,6 +48,8 @@ _SAVES = 15
 """Of a run: every 2 minutes of 30."""
 _BARE_SHARE = 0.1
 """Of the time, before the run and again after it."""
+_LOOKS = 200
+"""At a run, at least, if it lasts as long as it was asked to."""
 _WARM_UP = 3
 """First steps of every process that do not count: memory is touched for the first time."""
 
@@ -169,12 +171,13 @@ def _disturbed_run(folder: Path, arguments: argparse.Namespace, steps: int) -> t
     """What counts of both processes, the steps that were lost, and the seconds until they had been made again."""
     command = ["--config", str(_config(folder, arguments, steps))]
     kill_at = random.Random(arguments.seed).randint(round(0.4 * steps), round(0.6 * steps))
-    cpu = _watch(ForkedRanks(command, 1, folder / "log-0.txt"), folder / "run", steps, kill_at)
+    pause = min(0.5, 60 * arguments.minutes / _LOOKS)
+    cpu = _watch(ForkedRanks(command, 1, folder / "log-0.txt"), folder / "run", steps, pause, kill_at)
     killed = time.time()
     first = _training(folder / "run")
     reached = first[-1]["step"]
     print(f"killed after step {reached}", flush=True)
-    cpu_again = _watch(ForkedRanks(command, 1, folder / "log-1.txt"), folder / "run", steps, None)
+    cpu_again = _watch(ForkedRanks(command, 1, folder / "log-1.txt"), folder / "run", steps, pause)
     records = _training(folder / "run")
     again = [record for record in records if record["time"] > killed]
     redone = max(reached, again[0]["step"] + _WARM_UP)
@@ -183,16 +186,18 @@ def _disturbed_run(folder: Path, arguments: argparse.Namespace, steps: int) -> t
     return stretches, reached - again[0]["step"] + 1, restart
 
 
-def _watch(ranks: ForkedRanks, run_dir: Path, steps: int, kill_at: int | None) -> list[tuple[int, float]]:
-    """Processor seconds by step, until the run ends or is killed."""
+def _watch(
+    ranks: ForkedRanks, run_dir: Path, steps: int, pause: float, kill_at: int | None = None
+) -> list[tuple[int, float]]:
+    """Processor seconds by step, until the run ends or is killed; looked at every `pause` seconds."""
     found: list[tuple[int, float]] = []
     try:
         while ranks.poll() == [None]:
-            time.sleep(0.5)
+            time.sleep(pause)
             training = _training(run_dir)
             step = training[-1]["step"] if training else 0
             found.append((step, _cpu_seconds(ranks.pids[0])))
-            if sys.stderr.isatty() or len(found) % 60 == 0:
+            if sys.stderr.isatty() or len(found) % 120 == 0:
                 print(f"step {step}/{steps}", flush=True)
             if kill_at is not None and step >= kill_at:
                 return found[:-1]

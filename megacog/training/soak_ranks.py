@@ -15,6 +15,7 @@ import traceback
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -81,7 +82,10 @@ class ForkedRanks(StartedRanks):
         for rank in range(ranks):
             numbers = (str(rank), str(ranks), str(rank), str(ranks), "127.0.0.1", port)
             place = dict(zip(_RANK_VARIABLES, numbers, strict=True)) | {_MARK: self._mark}
-            self._codes[fork(lambda place=place: _be_rank(arguments, place, log))] = None  # type: ignore[misc]
+            pid = fork(lambda place=place: _be_rank(arguments, place, log))  # type: ignore[misc]
+            with suppress(OSError):  # it has done so itself, and ended
+                os.setpgid(pid, pid)
+            self._codes[pid] = None
         self.pids = list(self._codes)
 
     def poll(self) -> list[int | None]:

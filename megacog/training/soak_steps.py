@@ -12,7 +12,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def _note(record: SoakRecord, pid: int, run_dir: Path, steps: int) -> None:
         return  # it has just ended
     memory = {line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if line.startswith("Rss")}
     folders = list((run_dir / "checkpoints").glob("*step-*"))
-    size = sum(path.stat().st_size for folder in folders for path in _files(folder))
+    size = sum(map(_bytes, folders))
     record.add(
         "look", pid=pid, step=step, anonymous_mb=memory["RssAnon"] / 1e3, resident_mb=sum(memory.values()) / 1e3,
         open_files=files, checkpoints=len(folders), checkpoint_mb=size / 1e6,
@@ -100,11 +101,13 @@ def _note(record: SoakRecord, pid: int, run_dir: Path, steps: int) -> None:
     print(f"step {step}/{steps} | {memory['RssAnon'] / 1e3:.1f} MB | {files} open files | {len(folders)} checkpoints")
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    try:
-        yield from list(folder.iterdir())
-    except FileNotFoundError:  # retired meanwhile
-        return
+def _bytes(folder: Path) -> int:
+    """Of a checkpoint that may be published or retired meanwhile."""
+    total = 0
+    with suppress(FileNotFoundError):
+        for path in list(folder.iterdir()):
+            total += path.stat().st_size
+    return total
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

@@ -25,7 +25,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(inputs: Path, folder: Path, fault: str, ranks: int = 2, **sections: Any) -> tuple[list[int], str]:
     """Exit codes and output of a run with a fault."""
     values = settings(inputs, folder / "run", "base", engine="torch", steps=8, eval_every=0)
-    values["checkpoint"] = {"every": 4}
+    values["checkpoint"] = {"every": 4, "asynchronous": False}  # else it may not be whole when the run ends
     config = write_config(folder / "run.yaml", values | sections)
     codes, _, orphans = run_forked_ranks(["--config", str(config)], ranks, folder, fault)
     assert orphans == 0

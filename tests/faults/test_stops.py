@@ -152,7 +152,7 @@ def test_a_run_has_saved_and_left_a_step_a_save_and_two_seconds_after_a_signal(
 ) -> None:
     values = settings(runs.folder / "inputs", tmp_path / "run", "base", engine="torch", eval_every=3)
     config = write_config(tmp_path / "run.yaml", values | {"checkpoint": {"every": 3}})
-    for _ in range(2):  # other work on the machine may hold up one of a series
+    for _ in range(4):  # other work on the machine may hold up one of a series
         cases = [measure_signal(config, 2, number % 2, random.random()) for number in range(SIGNALS)]
         for case in cases:
             assert case.codes == [85, 85] and case.orphans == 0 and case.named, case.output

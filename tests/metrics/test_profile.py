@@ -84,7 +84,7 @@ def test_every_product_that_layers_make_counts_as_one(multiply_once: Callable[[]
 def test_time_that_runs_no_operator_counts_for_nothing() -> None:
     def step() -> None:
         torch.ones(10).add_(1)
-        time.sleep(0.05)
+        time.sleep(0.5)
 
     found = profile_step(step, CPU)
-    assert found.wall >= 0.05 > sum(found.seconds.values())
+    assert found.wall >= 0.5 > sum(found.seconds.values())

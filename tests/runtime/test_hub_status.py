@@ -24,6 +24,7 @@ def test_the_reason_of_the_end_waits_for_a_status_that_is_being_written(
         replace(self, text)
 
     monkeypatch.setattr(StatusFile, "_replace", slow)
+    monkeypatch.setattr("megacog.runtime.hub_status._CLOSE_SECONDS", 60.0)
     status.write(100.0)
     status.write(200.0)  # left out: the disk is busy
     status.report("rank 0 is stuck", {0: "in sit_here"})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,16 +11,17 @@ from megacog.runtime.speed import copy_bandwidth, matmul_tflops, median_seconds
 CPU = torch.device("cpu")
 
 
-def test_the_median_ignores_a_slow_call() -> None:
-    calls = 0
+def test_the_median_ignores_a_slow_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, clock = 0, 0.0
+    monkeypatch.setattr("megacog.runtime.speed.time", SimpleNamespace(perf_counter=lambda: clock))
 
     def run() -> None:
-        nonlocal calls
+        nonlocal calls, clock
         calls += 1
-        time.sleep(0.2 if calls == 6 else 0.005)  # 3 warm-ups, one to count with, then the timed ones
+        clock += 0.2 if calls == 6 else 0.005  # 3 warm-ups, one to count with, then the timed ones
 
-    assert 0.005 <= median_seconds(run, CPU, 0.05) < 0.05
-    assert 7 <= calls <= 14
+    assert median_seconds(run, CPU, 0.052) == pytest.approx(0.005)
+    assert calls == 3 + 1 + 10
 
 
 def test_a_call_longer_than_the_budget_is_still_measured_three_times() -> None:

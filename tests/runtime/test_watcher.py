@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
+from megacog.runtime.heartbeat import Limits, Watch
 from megacog.runtime.hub import TICK
-from megacog.runtime.watcher import RECORD, Watcher
+from megacog.runtime.ranks import Ranks
+from megacog.runtime.watcher import RECORD_BYTES, Watcher, pack_beat
 
 
 def test_time_in_which_the_watcher_did_not_run_does_not_count_until_the_next_beat() -> None:
     ours, theirs = socket.socketpair()
-    record = bytearray(RECORD.size)
+    record = bytearray(RECORD_BYTES)
     now = time.monotonic()
     watcher = Watcher(0, theirs, memoryview(record), -1, [], 8.0)
 
     def progress(count: int) -> None:
-        RECORD.pack_into(record, 0, count, 7, now, float("inf"), count, b"forward")
+        record[:] = pack_beat(count, 7, now, float("inf"), "forward")
 
     def age(seconds: float) -> float:
         """After looks for so many seconds."""
@@ -43,3 +49,32 @@ def test_time_in_which_the_watcher_did_not_run_does_not_count_until_the_next_bea
         progress(3)  # and at once all are stopped again
         now += 400
         assert age(10) == pytest.approx(10, abs=2 * TICK)
+
+
+def test_a_beat_that_is_being_written_is_not_read(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    watch = Watch(Ranks(0, 1, 0, 1, "single process"), Limits(step=123.0, start=123.0), tmp_path)
+    watch.beat("forward", 7)
+    with ours, theirs:
+        watcher = Watcher(0, theirs, memoryview(watch._memory), -1, [], 8.0)
+        writer = os.fork()
+        if writer == 0:
+            while True:
+                watch.beat("forward", 7)
+        try:
+            found, deadline = 0, time.monotonic() + 60
+            while found < 100_000 and time.monotonic() < deadline:
+                beat = watcher._beat(time.monotonic())
+                if beat is not None:
+                    assert (beat.step, beat.phase, beat.limit) == (7, "forward", 123.0) and beat.age < 60, beat
+                    found += 1
+        finally:
+            os.kill(writer, signal.SIGKILL)
+            os.waitpid(writer, 0)
+    assert found > 1000
+
+
+def test_memory_in_which_no_beat_was_written_is_no_beat() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, mmap.mmap(-1, RECORD_BYTES) as memory:
+        assert Watcher(0, theirs, memoryview(bytes(memory)), -1, [], 8.0)._beat(time.monotonic()) is None

@@ -79,7 +79,7 @@ def test_a_checkpoint_is_completed_at_a_later_step_without_another_one(inputs: P
     record = of_kind(tmp_path / "run", "checkpoint")[0]
     files = [*(tmp_path / "run/checkpoints/step-0000030").glob("*.safetensors")]
     assert record["bytes"] == sum(file.stat().st_size for file in files)
-    assert 0 < record["stall_seconds"] <= record["seconds"]
+    assert 0 < record["stall_seconds"] <= record["seconds"] + 0.5
     assert record["bytes_per_second"] == pytest.approx(record["bytes"] / record["seconds"])
 
 

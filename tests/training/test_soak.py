@@ -157,7 +157,7 @@ def test_steps_are_looked_at_while_they_run_and_an_interrupted_soak_goes_on(tmp_
         result = soak("steps", tmp_path / "r.jsonl", "--steps", steps, "--every", "10", "--seconds", "0.2")
         assert "memory" in result.stdout and "checkpoints" in result.stdout, result.stdout + result.stderr
     lines = list(SoakRecord(tmp_path / "r.jsonl", "steps").lines("look"))
-    assert len({line["pid"] for line in lines}) == 2 and max(line["checkpoints"] for line in lines) in (3, 4)
+    assert len({line["pid"] for line in lines}) == 2 and max(line["checkpoints"] for line in lines) in (3, 4, 5)
     assert "resumed at step 40" in (tmp_path / "r.run/log.txt").read_text()
 
 
