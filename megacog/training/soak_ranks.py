@@ -106,6 +106,12 @@ class ForkedRanks(StartedRanks):
         _kill_all(self.processes)
         self.wait(60)
 
+    def signal_all(self, number: signal.Signals) -> None:
+        """A signal to every process: SIGSTOP and SIGCONT suspend the run as a whole and continue it."""
+        for process in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
     def processes(self) -> list[Process]:
         """By their groups; what ranks have started in groups of its own by its environment."""
         return _find(self._mark, self.pids)

@@ -13,7 +13,7 @@ from run_ranks import ROOT, python_environment
 
 from megacog.errors import DataError
 from megacog.training import soak_goodput, soak_kills, soak_steps, soak_trials
-from megacog.training.soak_goodput import Stretch
+from megacog.training.soak_goodput import Stretch, Turns
 from megacog.training.soak_record import SoakRecord, quantile
 from megacog.training.soak_runs import STEPS, Failed, all_layouts, look_at
 
@@ -121,10 +121,14 @@ def test_what_grows_is_told_in_any_process_of_an_interrupted_soak() -> None:
 def test_goodput_leaves_the_restart_out_and_counts_everything_else() -> None:
     records = [{"step": step, "time": 2.0 * step, "seconds": 1.5, "data_wait": 0.2} for step in range(1, 21)]
     cpu = [(step, 1.0 * step) for step in range(21)]
-    stretch = Stretch.between(records, cpu, after=5)
+    pauses = Turns(None, 5.0, [(1.0, 2.0), (9.0, 11.0), (20.5, 22.5), (39.0, 99.0)]).within  # type: ignore[arg-type]
+    assert Stretch.between(records, cpu, 5, pauses) == Stretch(15, 26.0, pytest.approx(14.0), pytest.approx(15.0))
+    stretch = Stretch.between(records, cpu, 5, lambda *_: 0.0)
     assert stretch == Stretch(steps=15, seconds=30.0, step_seconds=pytest.approx(18.0), cpu_seconds=pytest.approx(15.0))
-    bare = {"steps": 9, "seconds": 1.9, "cpu_seconds": 0.95}
-    line = {"bare": [bare, bare], "stretches": [vars(stretch)] * 2, "lost": 3, "restart_seconds": 7.0, "save_every": 4}
+    line = {
+        "bare": {"steps": 9, "seconds": 1.9, "cpu_seconds": 0.95}, "turns": 4, "stretches": [vars(stretch)] * 2,
+        "lost": 3, "restart_seconds": 7.0, "save_every": 4,
+    }  # fmt: skip
     found = soak_goodput.goodput(line)
     assert found == {k: pytest.approx(v) for k, v in {"clock": 0.95, "processor": 0.95, "in steps": 0.6}.items()}
     assert "3 steps lost, made again 7.0 s after it" in soak_goodput.summary(line)
@@ -167,3 +171,4 @@ def test_goodput_is_measured_through_a_kill(tmp_path: Path) -> None:
     assert "by the clock (goal 0.97)" in result.stdout, result.stdout + result.stderr
     (line,) = SoakRecord(tmp_path / "r.jsonl", "goodput").lines("end")
     assert len(line["stretches"]) == 2 and line["lost"] >= 0 < line["restart_seconds"]
+    assert line["turns"] >= 3 and line["bare"]["steps"] > 10
