@@ -333,8 +333,9 @@ def summary(line: Line) -> str:
     steps = sum(x["steps"] for x in line["stretches"])
     seconds = sum(x["seconds"] for x in line["stretches"])
     return (
-        f"{steps} steps in {seconds / 60:.1f} min with a save every {line['save_every']} steps; {bare.steps} bare steps "
-        f"in {line['turns']} turns between: {bare.seconds:.4f} s ({bare.cpu_seconds:.4f} s of processor)\n"
+        f"{steps} steps in {seconds / 60:.1f} min with a save every {line['save_every']} steps; "
+        f"{bare.steps} bare steps in {line['turns']} turns between: {bare.seconds:.4f} s "
+        f"({bare.cpu_seconds:.4f} s of processor)\n"
         f"goodput {found['clock']:.4f} by the clock (goal {GOAL}), {found['processor']:.4f} by processor time; "
         f"{found['in steps']:.4f} of the time in steps\n"
         f"one kill: {line['lost']} steps lost, made again {line['restart_seconds']:.1f} s after it"
