@@ -69,12 +69,12 @@ class Preparation:
                 except OSError:  # gone meanwhile
                     continue
 
-    def kill(self, rng: random.Random) -> str | None:
+    def kill(self, rng: random.Random, everything: bool) -> str | None:
         """Kill one of its processes but a decoder, which costs only a clip, or all; returns which, None if none was."""
         found = [(pid, kind) for pid, kind in self.processes() if kind in ("rank", "mpirun")]
         if not found:
             return None
-        if rng.random() < 0.25:
+        if everything:
             for pid, _ in found:
                 _kill(pid)
             return "all"
@@ -140,7 +140,7 @@ def _kill_once(corpus: Path, out: Path, rng: random.Random, record: Record) -> b
     partial = out.with_name("clips.partial")
     shards = [path for path in partial.glob("clips-*.h5") if path.with_suffix(".json").exists()]
     finished = {path.name: path.stat().st_ino for path in shards}
-    preparation = Preparation(corpus, out, rng.choice([1, 2]))
+    preparation = Preparation(corpus, out, 1 + record.kills // 2 % 2)  # in turn: few kills, too, have all kinds
     # From before its first shard to the naming of the finished ones.
     enough = rng.randint(len(finished), -(-CLIPS // CLIPS_PER_SHARD))
     deadline = time.monotonic() + 200
@@ -148,7 +148,7 @@ def _kill_once(corpus: Path, out: Path, rng: random.Random, record: Record) -> b
         assert time.monotonic() < deadline, preparation.wait(0)[1]
         time.sleep(0.005)
     time.sleep(rng.random() * 0.1)
-    victim, start = preparation.kill(rng), time.monotonic()
+    victim, start = preparation.kill(rng, everything=record.kills % 5 == 3), time.monotonic()
     code, said = preparation.wait(30)
     if victim is None:
         assert code == 0, said

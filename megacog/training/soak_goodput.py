@@ -98,10 +98,12 @@ class BareSteps:
         return int(_COUNT.unpack(self._memory[:])[0])
 
     def compute(self, seconds: float) -> None:
-        """Give it the turn for so long."""
+        """Give it the turn for so long, the first time until a step is done."""
         start = time.monotonic()
         os.kill(self.pid, signal.SIGCONT)
         time.sleep(seconds)
+        while self.steps == self._since:
+            time.sleep(0.01)
         os.kill(self.pid, signal.SIGSTOP)
         self._seconds += time.monotonic() - start
 

@@ -109,8 +109,7 @@ class ForkedRanks(StartedRanks):
     def signal_all(self, number: signal.Signals) -> None:
         """A signal to every process: SIGSTOP and SIGCONT suspend the run as a whole and continue it."""
         for process in self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+            _send(process.pid, number)
 
     def processes(self) -> list[Process]:
         """By their groups; what ranks have started in groups of its own by its environment."""
@@ -154,7 +153,7 @@ class LaunchedRanks(StartedRanks):
             if "pretrain.py" in process.command and environment.get("RANK") == str(rank):
                 state = _state(process.pid)
                 if state is not None and "RANK" not in _environment(state.parent):  # not one of its loader processes
-                    _kill(process.pid)
+                    _send(process.pid, signal.SIGKILL)
                     return True
         return False
 
@@ -203,15 +202,13 @@ def _kill_all(processes: Callable[[], list[Process]]) -> None:
     """SIGKILL until none is left; new ones may appear meanwhile."""
     while alive := processes():
         for process in alive:
-            _kill(process.pid)
+            _send(process.pid, signal.SIGKILL)
         time.sleep(0.002)
 
 
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def _send(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _find(mark: str, groups: Sequence[int] = ()) -> list[Process]:
